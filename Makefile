@@ -1,0 +1,73 @@
+# Small verbs; what is longer than a few lines stands in hack/.
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DEFAULT_GOAL := help
+
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
+LDFLAGS := -s -w -X github.com/culvert-vpn/culvert/internal/process.version=$(VERSION)
+
+.PHONY: help
+help: ## this list
+	@echo "Culvert: a VPN that lives in a Kubernetes cluster. Verbs:"
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "New here? 'make demo' shows it at work; 'make check' is the loop for changes; docs/development.md has the rest."
+
+.PHONY: setup
+setup: ## install the Debian packages that building, tests and the demo need (as root)
+	@hack/setup.sh
+
+.PHONY: build
+build: ## bin/culvert and, once it exists, bin/culvert-tunnel
+	@mkdir -p bin
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+
+.PHONY: generate
+generate: ## deep copies and CRDs from the types in api/
+	@hack/generate.sh
+
+.PHONY: check
+check: check-generated check-format check-vet check-lint check-vulnerabilities test-unit ## the quick loop: generated files current, format, vet, lint, unit tests
+
+.PHONY: check-generated check-format check-vet check-lint check-vulnerabilities
+check-generated:
+	@hack/generate.sh --check
+
+check-format:
+	@hack/layer.sh "gofmt"
+	@test -z "$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go') | tee /dev/stderr)" || { echo "not formatted: run gofmt -w on the files above" >&2; exit 1; }
+
+check-vet:
+	@hack/layer.sh "go vet"
+	@go vet ./...
+
+check-lint:
+	@hack/layer.sh "golangci-lint"
+	@$$(hack/tools.sh)/golangci-lint run ./...
+
+check-vulnerabilities:
+	@hack/vulnerabilities.sh
+
+.PHONY: test
+test: setup build check test-netlab test-kernel ## everything: set-up, build, check, then every layer of tests
+	@hack/layer.sh "all layers passed"
+
+.PHONY: test-unit test-netlab test-kernel
+test-unit: ## unit and golden tests: no root, no network
+	@hack/test.sh unit
+
+test-netlab: ## real traffic between network namespaces, with real peers (root)
+	@hack/test.sh netlab
+
+test-kernel: ## kernel WireGuard, ESP and nftables of Debian's stock kernel, in a virtual machine (root)
+	@hack/test.sh kernel
+
+.PHONY: demo demo-down
+demo: setup build ## the main job in network namespaces; KEEP=1 leaves it up
+	@bin/culvert demo $(if $(KEEP),--keep)
+
+demo-down: ## remove a demo that was kept
+	@bin/culvert demo down
+
+.PHONY: clean
+clean: ## remove what was built and fetched
+	rm -rf bin .cache

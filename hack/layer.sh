@@ -1,0 +1,3 @@
+#!/usr/bin/env bash
+# Prints a heading, so that the log of "make test" says what runs: layer.sh TEXT…
+echo "=== $*"

@@ -1,0 +1,134 @@
+// Results reads the output of "go test -json" on standard input and prints go test's own
+// result lines: for each package, each test and its direct subtests; everything that a
+// failed test said; the reason of a skipped one; and the sums. It exits with 1 when a
+// test failed, a package did not build, or nothing ran.
+package main
+
+import (
+	"bufio"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"strings"
+)
+
+func main() {
+	failed, err := report(os.Stdin, os.Stdout)
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "results:", err)
+	}
+	if failed || err != nil {
+		os.Exit(1)
+	}
+}
+
+// event is a line of go test -json, see "go doc test2json".
+type event struct {
+	Action      string
+	Package     string
+	ImportPath  string // of build output
+	Test        string
+	Output      string
+	FailedBuild string
+}
+
+type results struct {
+	w                       io.Writer
+	pending                 map[string]*strings.Builder // what a running test has said, by package and test
+	passed, failed, skipped int
+	broken                  bool
+}
+
+// report copies the result lines of r to w and returns whether anything failed.
+func report(r io.Reader, w io.Writer) (failed bool, err error) {
+	s := &results{w: w, pending: map[string]*strings.Builder{}}
+	lines := bufio.NewScanner(r)
+	lines.Buffer(nil, 16<<20)
+	for lines.Scan() {
+		var e event
+		if json.Unmarshal(lines.Bytes(), &e) != nil {
+			// The go command's own messages come as they are.
+			_, _ = fmt.Fprintln(w, lines.Text())
+			continue
+		}
+		s.take(e)
+	}
+	if err := lines.Err(); err != nil {
+		return true, fmt.Errorf("read: %w", err)
+	}
+	_, _ = fmt.Fprintf(w, "%d passed, %d failed, %d skipped\n", s.passed, s.failed, s.skipped)
+	return s.broken || s.passed == 0, nil
+}
+
+func (s *results) take(e event) {
+	key := e.Package + "\x00" + e.Test
+	switch e.Action {
+	case "output":
+		s.output(key, e)
+	case "build-output":
+		s.print(e.Output)
+	case "build-fail":
+		s.broken = true
+	case "pass", "fail", "skip":
+		if e.Action == "fail" {
+			s.broken = true
+		}
+		if e.Test != "" {
+			s.end(key, e)
+		}
+	}
+}
+
+func (s *results) output(key string, e event) {
+	if e.Test == "" {
+		// "PASS" and "FAIL" alone say nothing that the line with the package does not.
+		if e.Output != "PASS\n" && e.Output != "FAIL\n" && !strings.Contains(e.Output, "[no test files]") {
+			s.print(e.Output)
+		}
+		return
+	}
+	said := s.pending[key]
+	if said == nil {
+		said = &strings.Builder{}
+		s.pending[key] = said
+	}
+	if !strings.HasPrefix(e.Output, "=== ") {
+		said.WriteString(e.Output)
+	}
+}
+
+func (s *results) end(key string, e event) {
+	said := ""
+	if b := s.pending[key]; b != nil {
+		said = b.String()
+	}
+	delete(s.pending, key)
+	switch e.Action {
+	case "fail":
+		s.failed++
+		s.print(said)
+	case "skip":
+		s.skipped++
+		s.print(said)
+	default:
+		s.passed++
+		if strings.Count(e.Test, "/") <= 1 {
+			s.print(resultLine(said))
+		}
+	}
+}
+
+// resultLine returns the "--- PASS" line among what a test said.
+func resultLine(said string) string {
+	for line := range strings.Lines(said) {
+		if strings.HasPrefix(strings.TrimSpace(line), "--- PASS") {
+			return line
+		}
+	}
+	return ""
+}
+
+func (s *results) print(text string) {
+	_, _ = io.WriteString(s.w, text)
+}

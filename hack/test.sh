@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# Runs one layer of tests: test.sh unit|netlab|kernel. Each package runs in exactly one.
+# ARGS="-run TestX -count=1" is passed on to go test.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+# Packages whose tests build networks of namespaces; they run one after the other, since
+# they measure, and mind the neighbours.
+namespaces() {
+	go list -f '{{if or (eq .ImportPath "'"$module"'/test/netlab")}}{{.ImportPath}}{{else}}{{range .TestImports}}{{if eq . "'"$lab"'"}}{{$.ImportPath}}{{"\n"}}{{end}}{{end}}{{range .XTestImports}}{{if eq . "'"$lab"'"}}{{$.ImportPath}}{{"\n"}}{{end}}{{end}}{{end}}' ./... |
+		grep . | grep -v "^$module/test/kernel" | sort -u
+}
+
+module=$(go list -m)
+lab=$module/internal/lab/labtest
+case "$1" in
+unit)
+	packages=$(comm -23 <(go list ./... | grep -v "^$module/test/kernel" | sort) <(namespaces))
+	hack/layer.sh "unit and golden tests: $(wc -w <<<"$packages") packages"
+	flags=(-timeout 5m)
+	;;
+netlab)
+	packages=$(namespaces)
+	hack/layer.sh "tests in network namespaces: $(wc -w <<<"$packages") packages, one after the other"
+	if [[ $EUID -ne 0 ]]; then
+		echo "SKIP: not root: most of them will skip"
+	fi
+	flags=(-timeout 15m -p 1)
+	;;
+kernel)
+	packages=./test/kernel
+	hack/layer.sh "tests on Debian's stock kernel in a virtual machine"
+	flags=(-timeout 25m)
+	;;
+*)
+	echo "usage: $0 unit|netlab|kernel" >&2
+	exit 2
+	;;
+esac
+# shellcheck disable=SC2086 # one word per package and argument
+go test -json "${flags[@]}" ${ARGS:-} $packages | go run ./hack/results

@@ -1,0 +1,159 @@
+package model
+
+import (
+	"net/netip"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/culvert-vpn/culvert/api/v1alpha1"
+)
+
+const (
+	defaultHubReplicas    = 2
+	defaultEncryptionPort = 51821
+)
+
+func (p *parser) remoteCluster(e entry) {
+	o := e.Object.(*v1alpha1.RemoteCluster)
+	s := &o.Spec
+	r := p.report(e)
+	c := &RemoteCluster{ID: e.ref.ID, Generation: o.Generation, Replicas: defaultHubReplicas}
+	if len(s.Targets) == 0 {
+		r.refuse("spec.targets", ReasonInvalidSpec, "is empty: name what may be dialled in the remote cluster")
+	}
+	atMost(r, "spec.targets", len(s.Targets), 64)
+	for i := range s.Targets {
+		c.Targets = append(c.Targets, remoteTarget(r, "spec.targets["+strconv.Itoa(i)+"]", &s.Targets[i]))
+	}
+	atMost(r, "spec.exports", len(s.Exports), 32)
+	for i := range s.Exports {
+		c.Exports = append(c.Exports, remoteExport(r, "spec.exports["+strconv.Itoa(i)+"]", &s.Exports[i], c.Exports))
+	}
+	if n := s.Hub.Replicas; n != nil {
+		c.Replicas = int(bounded(r, "spec.hub.replicas", *n, 1, 8, ""))
+	}
+	if a := s.Front.Address; a != "" {
+		if _, problem := splitHostPort(string(a), false); problem != "" {
+			r.refuse("spec.front.address", ReasonInvalidSpec, "%s", problem)
+		}
+		c.FrontHost = string(a)
+	}
+	if n := s.Front.ServerName; n != "" {
+		if !isHostName(n) || strings.ToLower(n) != n || len(n) > 200 {
+			r.refuse("spec.front.serverName", ReasonInvalidSpec, "%s is not a DNS name in lower case of at most 200 bytes: write one such as vpn.example.com", quote(n))
+		}
+		c.FrontName = n
+	}
+	if r.ok() {
+		p.out.RemoteClusters = append(p.out.RemoteClusters, c)
+	}
+}
+
+func remoteTarget(r *report, field string, t *v1alpha1.RemoteTarget) Target {
+	var out Target
+	if len(t.CIDRs) == 0 && len(t.Names) == 0 {
+		r.refuse(field, ReasonInvalidSpec, "has neither cidrs nor names: say what may be dialled")
+	}
+	atMost(r, field+".cidrs", len(t.CIDRs), 64)
+	out.CIDRs = prefixes(r, field+".cidrs", t.CIDRs, false)
+	atMost(r, field+".names", len(t.Names), 64)
+	for i, n := range t.Names {
+		at := field + ".names[" + strconv.Itoa(i) + "]"
+		name := strings.ToLower(string(n))
+		switch {
+		case !isHostName(strings.TrimPrefix(name, "*.")):
+			r.refuse(at, ReasonInvalidSpec, "%s is not a DNS name: write one such as api.example.com or *.example.com; addresses go into cidrs", quote(string(n)))
+		case slices.Contains(out.Names, name):
+			r.refuse(at, ReasonInvalidSpec, "%s is listed twice: leave one out", quote(string(n)))
+		default:
+			out.Names = append(out.Names, name)
+		}
+	}
+	if len(t.Ports) == 0 {
+		r.refuse(field+".ports", ReasonInvalidSpec, "is empty: name the TCP ports that may be dialled")
+	}
+	atMost(r, field+".ports", len(t.Ports), 64)
+	for i, x := range t.Ports {
+		at := field + ".ports[" + strconv.Itoa(i) + "]"
+		pr := PortRange{First: port(r, at+".port", x.Port)}
+		pr.Last = pr.First
+		if x.EndPort != nil {
+			pr.Last = port(r, at+".endPort", *x.EndPort)
+			if *x.EndPort < x.Port {
+				r.refuse(at+".endPort", ReasonInvalidSpec, "%d is less than port (%d): swap them", *x.EndPort, x.Port)
+			}
+		}
+		out.Ports = append(out.Ports, pr)
+	}
+	return out
+}
+
+func remoteExport(r *report, field string, x *v1alpha1.RemoteExport, before []Export) Export {
+	out := Export{Name: x.Name}
+	if !isDNSLabel(x.Name) {
+		r.refuse(field+".name", ReasonInvalidSpec, "%s is not a name: use lower-case letters, digits and '-', at most 63", quote(x.Name))
+	}
+	if slices.ContainsFunc(before, func(b Export) bool { return b.Name == x.Name }) {
+		r.refuse(field+".name", ReasonDuplicate, "%s is the name of another export, too: rename one", quote(x.Name))
+	}
+	listen, problem := splitHostPort(string(x.Listen), true)
+	addr, err := netip.ParseAddr(listen.Host)
+	if problem == "" && err != nil {
+		problem = quote(string(x.Listen)) + " has a DNS name: write the address to listen on, such as 127.0.0.1:8443"
+	}
+	if problem != "" {
+		r.refuse(field+".listen", ReasonInvalidSpec, "%s", problem)
+	}
+	out.Listen = netip.AddrPortFrom(addr, listen.Port)
+	if i := slices.IndexFunc(before, func(b Export) bool { return b.Listen == out.Listen }); i >= 0 && problem == "" {
+		r.refuse(field+".listen", ReasonDuplicate, "%s is where export %s listens already: choose another port", out.Listen, quote(before[i].Name))
+	}
+	if _, problem := splitHostPort(string(x.Target), false); problem != "" {
+		r.refuse(field+".target", ReasonInvalidSpec, "%s", problem)
+	}
+	out.Target = string(x.Target)
+	return out
+}
+
+func (p *parser) nodeEncryption() {
+	for _, e := range p.nodeEncryptions {
+		o := e.Object.(*v1alpha1.NodeEncryption)
+		s := &o.Spec
+		r := p.report(e)
+		n := &NodeEncryption{ID: e.ref.ID, Generation: o.Generation, Port: defaultEncryptionPort}
+		if o.Name != v1alpha1.NodeEncryptionName {
+			r.refuse("metadata.name", ReasonInvalidSpec, "%s: there is one NodeEncryption per cluster, and its name must be %q", quote(o.Name), v1alpha1.NodeEncryptionName)
+		}
+		n.AllTraffic = oneOf(r, "spec.scope", s.Scope, v1alpha1.ScopePods, v1alpha1.ScopePods, v1alpha1.ScopeAll) == v1alpha1.ScopeAll
+		if s.Enforcement == "" {
+			r.refuse("spec.enforcement", ReasonInvalidSpec, "is missing: write Permissive for the time of the roll-out, then Strict")
+		}
+		n.Strict = oneOf(r, "spec.enforcement", s.Enforcement, v1alpha1.EnforcementStrict, v1alpha1.EnforcementPermissive, v1alpha1.EnforcementStrict) == v1alpha1.EnforcementStrict
+		if s.Port != 0 {
+			n.Port = port(r, "spec.port", s.Port)
+		}
+		if r.ok() {
+			p.out.NodeEncryption = n
+		}
+	}
+	keys := map[v1alpha1.Key]Ref{}
+	for _, e := range p.nodeTunnels {
+		o := e.Object.(*v1alpha1.NodeTunnel)
+		r := p.report(e)
+		k := wireGuardKey(r, "spec.publicKey", o.Spec.PublicKey)
+		if other, ok := keys[o.Spec.PublicKey]; ok {
+			r.refuse("spec.publicKey", ReasonDuplicate, "%s is the public key of %s already, which came first: every node needs a key pair of its own", k, other)
+		}
+		if !r.ok() {
+			continue
+		}
+		keys[o.Spec.PublicKey] = e.ref
+		if p.out.NodeEncryption != nil {
+			p.out.NodeEncryption.Nodes = append(p.out.NodeEncryption.Nodes, NodeTunnel{Name: o.Name, PublicKey: k})
+		}
+	}
+	if n := p.out.NodeEncryption; n != nil {
+		slices.SortFunc(n.Nodes, func(a, b NodeTunnel) int { return strings.Compare(a.Name, b.Name) })
+	}
+}

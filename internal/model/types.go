@@ -1,0 +1,183 @@
+// Package model turns a snapshot of objects into parsed, cross-checked values.
+//
+// Parse is the only way in: the operator, the standalone gateway and "culvert validate"
+// all run it, so they never disagree on what is valid. One broken object never takes
+// another one down: it is left out of the result and named in the problems. The package
+// touches no clock, file, socket or kernel.
+package model
+
+import (
+	"net/netip"
+	"time"
+
+	"github.com/culvert-vpn/culvert/internal/netstate"
+	"github.com/culvert-vpn/culvert/internal/secret"
+)
+
+// ID names an object within its kind; Namespace is empty for cluster-scoped kinds.
+type ID struct{ Namespace, Name string }
+
+// String is "namespace/name", or "name" for cluster-scoped objects.
+func (id ID) String() string {
+	if id.Namespace == "" {
+		return id.Name
+	}
+	return id.Namespace + "/" + id.Name
+}
+
+// Model is what a snapshot means: every accepted object, parsed.
+type Model struct {
+	Gateways       []*Gateway // by ID
+	RemoteClusters []*RemoteCluster
+	NodeEncryption *NodeEncryption // nil: off
+	Problems       []Problem       // in the order of the objects; empty when all is well
+}
+
+// Problem is one reason why an object, or a part of one, is not in effect.
+type Problem struct {
+	Kind   string // "Site"
+	Object ID
+	Origin string // "site.yaml:12", or empty for objects from an API server
+	Field  string // "spec.cidrs[1]"; empty: the object as a whole
+	// Reason is the condition's reason, CamelCase: "InvalidSpec", "Overlap",
+	// "NotAllowed", "ReservedRange", "MissingReference", "SecretNotFound", …
+	Reason string
+	// Message says in one line what is wrong, why, and what to do.
+	Message string
+	// Pending problems end by themselves (a reference that may still come): they do not
+	// make "culvert validate" fail for the object's own sake.
+	Pending bool
+}
+
+// Gateway is one VPNGateway with everything that is attached to it.
+type Gateway struct {
+	ID
+	Generation int64
+
+	Pods, ServiceRanges, Nodes []netip.Prefix
+	DeviceRanges               []netip.Prefix
+
+	Address       string // where peers dial: address or DNS name; may be empty
+	WireGuardPort uint16 // never zero
+	ServicesMode  netstate.ServicesMode
+	Masquerade    bool // clusterTraffic.source: Masquerade
+	NodeLink      string
+	MTU           int // of the tunnel links; 0: worked out from the underlay
+	DNS           []netip.Addr
+
+	Expose   Expose
+	Replicas int // of the gateway's pods; at least 1
+
+	Sites   []*Site                // by ID
+	Devices []*Device              // by ID; suspended and expired ones too
+	Ports   []netstate.ServicePort // sorted, see netstate.CompareServicePorts
+}
+
+// Expose is how the far sides reach a gateway.
+type Expose struct {
+	Type              string            // LoadBalancer, NodePort, HostPort or None
+	Annotations       map[string]string // of the Service
+	LoadBalancerClass string
+}
+
+// Site is an accepted Site. Exactly one of IPsec and WireGuard is set.
+type Site struct {
+	ID
+	Generation int64
+	CIDRs      []netip.Prefix // masked, sorted
+	Access     netstate.Access
+	IPsec      *IPsecSite
+	WireGuard  *WireGuardSite
+}
+
+// IPsecSite is how a site is reached over IKEv2.
+type IPsecSite struct {
+	Address       string // where the peer is: address or DNS name; empty: it dials in
+	LocalAddress  string
+	LocalID       string
+	RemoteID      string
+	Auth          netstate.IPsecAuth
+	IKEProposals  []string // strongSwan's notation; never empty
+	ESPProposals  []string
+	Initiate      netstate.IPsecInitiate
+	ChildPerPair  bool
+	IKELifetime   time.Duration
+	ChildLifetime time.Duration
+	DPDDelay      time.Duration
+}
+
+// WireGuardSite is how a site is reached over WireGuard.
+type WireGuardSite struct {
+	PublicKey                  netstate.Key
+	PresharedKey               secret.Bytes // zero: none
+	Endpoint                   Endpoint     // zero: it dials in
+	PersistentKeepaliveSeconds uint16
+}
+
+// Endpoint is a UDP endpoint whose host may be a DNS name.
+type Endpoint struct {
+	Host string
+	Port uint16
+}
+
+// IsZero reports whether there is no endpoint.
+func (e Endpoint) IsZero() bool { return e == Endpoint{} }
+
+// Device is an accepted Device.
+type Device struct {
+	ID
+	Generation   int64
+	PublicKey    netstate.Key // zero: a key pair is to be made
+	PresharedKey secret.Bytes // zero: none
+	// Address is the wish of the spec, one per family at most; what is missing is
+	// allocated by ipam.
+	Addresses                  []netip.Addr
+	Access                     netstate.Access
+	PersistentKeepaliveSeconds uint16 // for the device's own configuration
+	Suspended                  bool
+	Expires                    time.Time // zero: never
+}
+
+// RemoteCluster is an accepted RemoteCluster.
+type RemoteCluster struct {
+	ID
+	Generation int64
+	Targets    []Target
+	Exports    []Export
+	Replicas   int
+	FrontName  string // server name; may be empty
+	FrontHost  string // address or DNS name with port; may be empty
+}
+
+// Target is a set of destinations that may be dialled.
+type Target struct {
+	CIDRs []netip.Prefix
+	Names []string // DNS names, lower case; "*." prefix allowed
+	Ports []PortRange
+}
+
+// PortRange is an inclusive range of ports; never zero.
+type PortRange struct{ First, Last uint16 }
+
+// Export is one listener that the spoke offers, and where it comes out.
+type Export struct {
+	Name   string
+	Listen netip.AddrPort
+	Target string // "host:port", dialled on the hub's side
+}
+
+// NodeEncryption is the accepted NodeEncryption.
+type NodeEncryption struct {
+	ID
+	Generation int64
+	AllTraffic bool // scope: All
+	Strict     bool
+	Port       uint16
+	Nodes      []NodeTunnel // by name
+}
+
+// NodeTunnel is one node's part.
+type NodeTunnel struct {
+	Name      string
+	PublicKey netstate.Key
+}
