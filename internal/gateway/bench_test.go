@@ -89,16 +89,16 @@ spec:
 	})
 	b.Run("parse", func(b *testing.B) {
 		b.ReportAllocs()
-		var in incumbents
+		var in source.Incumbents
 		for b.Loop() {
-			in.parse(objects)
+			in.Parse(objects, model.ParseOptions{})
 		}
 	})
 	b.Run("refused", func(b *testing.B) { // an edit that breaks all of them
 		for b.Loop() {
 			b.StopTimer()
-			var in incumbents
-			in.parse(objects)
+			var in source.Incumbents
+			in.Parse(objects, model.ParseOptions{})
 			var bad model.Objects
 			for _, d := range objects.All() {
 				if o, ok := d.Object.(*v1alpha1.Device); ok {
@@ -109,7 +109,7 @@ spec:
 				bad.Add(d)
 			}
 			b.StartTimer()
-			if _, _, kept := in.parse(bad); len(kept) != 10000 {
+			if _, _, kept := in.Parse(bad, model.ParseOptions{}); len(kept) != 10000 {
 				b.Fatal(len(kept))
 			}
 		}

@@ -72,7 +72,7 @@ type Gateway struct {
 	// Owned by the loop.
 	known      store.Objects
 	unsaved    bool // known is not what is on disk
-	good       incumbents
+	good       source.Incumbents
 	facts      plan.Facts
 	names      resolver
 	problems   []ProblemReport
@@ -264,7 +264,7 @@ func (g *Gateway) loop(ctx context.Context) error {
 		}
 		g.reconcile(ctx)
 		g.observe(ctx)
-		started(len(g.good.good))
+		started(g.good.Count())
 		if !g.nextChange.IsZero() {
 			change.Reset(max(time.Until(g.nextChange), time.Millisecond))
 		}

@@ -21,7 +21,7 @@ func (g *Gateway) gather() *model.Gateway {
 	if stamp(objects, &g.known, time.Now()) {
 		g.unsaved = true
 	}
-	m, refused, kept := g.good.parse(objects)
+	m, refused, kept := g.good.Parse(objects, model.ParseOptions{})
 	stale := g.files.Stale()
 	for _, refs := range stale {
 		for _, ref := range refs {

@@ -58,11 +58,11 @@ func ranges(m *model.Model) map[string]string {
 }
 
 func TestBadEditLeavesTheLastGoodVersion(t *testing.T) {
-	var in incumbents
-	in.parse(snapshot(t, gatewayText+site("berlin", "10.1.0.0/16", "B")))
+	var in source.Incumbents
+	in.Parse(snapshot(t, gatewayText+site("berlin", "10.1.0.0/16", "B")), model.ParseOptions{})
 
 	for _, bad := range []string{"127.0.0.0/8", "10.244.3.0/24", "0.0.0.0/0"} {
-		m, problems, kept := in.parse(snapshot(t, gatewayText+site("berlin", bad, "B")))
+		m, problems, kept := in.Parse(snapshot(t, gatewayText+site("berlin", bad, "B")), model.ParseOptions{})
 		if got := ranges(m)["berlin"]; got != "10.1.0.0/16" {
 			t.Errorf("with the range %s berlin has %q, want the old range", bad, got)
 		}
@@ -70,11 +70,11 @@ func TestBadEditLeavesTheLastGoodVersion(t *testing.T) {
 			t.Errorf("with the range %s: problems %v, kept %v", bad, problems, kept)
 		}
 	}
-	m, problems, _ := in.parse(snapshot(t, gatewayText+site("berlin", "10.2.0.0/16", "B")))
+	m, problems, _ := in.Parse(snapshot(t, gatewayText+site("berlin", "10.2.0.0/16", "B")), model.ParseOptions{})
 	if got := ranges(m)["berlin"]; got != "10.2.0.0/16" || len(problems) > 0 {
 		t.Errorf("after the repair: %q, %v", got, problems)
 	}
-	m, _, _ = in.parse(snapshot(t, gatewayText))
+	m, _, _ = in.Parse(snapshot(t, gatewayText), model.ParseOptions{})
 	if got := ranges(m); len(got) > 0 {
 		t.Errorf("after the removal: %v", got)
 	}
@@ -83,9 +83,9 @@ func TestBadEditLeavesTheLastGoodVersion(t *testing.T) {
 // A changed object is a newcomer with what it asks for anew: it cannot take what another
 // one has, whatever the order of names.
 func TestChangedObjectCannotTakeAnothersRange(t *testing.T) {
-	var in incumbents
-	in.parse(snapshot(t, gatewayText+site("aaa", "10.1.0.0/16", "B")+site("zzz", "10.2.0.0/16", "C")))
-	m, problems, _ := in.parse(snapshot(t, gatewayText+site("aaa", "10.2.0.0/24", "B")+site("zzz", "10.2.0.0/16", "C")))
+	var in source.Incumbents
+	in.Parse(snapshot(t, gatewayText+site("aaa", "10.1.0.0/16", "B")+site("zzz", "10.2.0.0/16", "C")), model.ParseOptions{})
+	m, problems, _ := in.Parse(snapshot(t, gatewayText+site("aaa", "10.2.0.0/24", "B")+site("zzz", "10.2.0.0/16", "C")), model.ParseOptions{})
 	if got := ranges(m); got["zzz"] != "10.2.0.0/16" || got["aaa"] != "10.1.0.0/16" {
 		t.Errorf("sites = %v, want both as before", got)
 	}
@@ -104,8 +104,8 @@ func TestNewcomerIsRefusedAcrossRestarts(t *testing.T) {
 	if !stamp(both, &known, time.Now().Add(time.Second)) {
 		t.Error("a new object does not count as a change")
 	}
-	var in incumbents
-	m, _, _ := in.parse(both)
+	var in source.Incumbents
+	m, _, _ := in.Parse(both, model.ParseOptions{})
 	if got := ranges(m); got["zzz"] == "" || got["aaa"] != "" {
 		t.Errorf("sites = %v, want the older one", got)
 	}

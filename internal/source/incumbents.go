@@ -1,0 +1,134 @@
+package source
+
+import (
+	"slices"
+
+	"github.com/culvert-vpn/culvert/internal/model"
+)
+
+// Incumbents remembers the last good version of every object, so that a bad edit leaves
+// in effect what was. The zero value remembers nothing; it is for one Parse at a time.
+type Incumbents struct {
+	good   map[model.Ref]model.Decoded
+	memory model.Memory
+	last   []model.Decoded // the snapshot behind good; nil: not all of it is good
+}
+
+// Count is the number of objects of which a good version is known.
+func (in *Incumbents) Count() int { return len(in.good) }
+
+// Parse is model.Parse, except that an object whose new version is refused is replaced
+// by its last good one. The problems are those of the new versions; kept names the
+// objects whose last good version stays in effect. What opts.InEffect names is in effect
+// beside what is remembered; opts.Memory is not used.
+func (in *Incumbents) Parse(objects model.Objects, opts model.ParseOptions) (m *model.Model, problems []model.Problem, kept map[model.Ref]bool) {
+	known := in.unchanged(objects)
+	for ref, ok := range opts.InEffect {
+		if _, remembered := in.good[ref]; ok && !remembered {
+			known[ref] = true
+		}
+	}
+	opts.InEffect, opts.Memory = known, &in.memory
+	m = model.Parse(objects, opts)
+	problems = m.Problems
+	kept = map[model.Ref]bool{}
+	secrets := in.changedSecrets(objects)
+	for {
+		var back []model.Decoded
+		for _, p := range m.Problems {
+			ref := model.Ref{Kind: p.Kind, ID: p.Object}
+			old, ok := in.good[ref]
+			if !ok || kept[ref] {
+				continue
+			}
+			needs := old.Secrets()
+			if opts.InEffect[ref] && !slices.ContainsFunc(needs, func(s model.Ref) bool { return secrets[s] }) {
+				continue
+			}
+			kept[ref], opts.InEffect[ref] = true, true
+			back = append(back, old)
+			for _, s := range needs {
+				if d, ok := in.good[s]; ok {
+					back = append(back, d)
+				}
+			}
+		}
+		if len(back) == 0 {
+			break
+		}
+		objects = objects.With(back...)
+		m = model.Parse(objects, opts)
+	}
+	in.remember(objects, m)
+	return m, problems, kept
+}
+
+// changedSecrets names the Secrets that are gone or changed.
+func (in *Incumbents) changedSecrets(objects model.Objects) map[model.Ref]bool {
+	changed := map[model.Ref]bool{}
+	for ref := range in.good {
+		if ref.Kind == model.KindSecret {
+			changed[ref] = true
+		}
+	}
+	if len(changed) == 0 {
+		return changed
+	}
+	for _, d := range objects.All() {
+		if ref := d.Ref(); changed[ref] && d.Equal(in.good[ref]) {
+			delete(changed, ref)
+		}
+	}
+	return changed
+}
+
+// unchanged names the objects whose last good version is the one in the snapshot.
+func (in *Incumbents) unchanged(objects model.Objects) map[model.Ref]bool {
+	out := make(map[model.Ref]bool, len(in.good))
+	for _, d := range objects.Ours() {
+		if old, ok := in.good[d.Ref()]; ok && old.Equal(d) {
+			out[d.Ref()] = true
+		}
+	}
+	return out
+}
+
+// remember keeps the accepted version of every object that is in the snapshot.
+func (in *Incumbents) remember(objects model.Objects, m *model.Model) {
+	list := objects.All()
+	if len(m.Problems) == 0 && in.last != nil {
+		in.replace(in.last, list)
+		in.last = list
+		return
+	}
+	refused := map[model.Ref]bool{}
+	for _, p := range m.Problems {
+		refused[model.Ref{Kind: p.Kind, ID: p.Object}] = true
+	}
+	next := make(map[model.Ref]model.Decoded, len(list))
+	for _, d := range list {
+		if ref := d.Ref(); !refused[ref] {
+			next[ref] = d
+		}
+	}
+	in.good, in.last = next, nil
+	if len(m.Problems) == 0 {
+		in.last = list
+	}
+}
+
+// replace leads good from one snapshot to another; what both begin and end with stays.
+func (in *Incumbents) replace(from, to []model.Decoded) {
+	for len(from) > 0 && len(to) > 0 && from[0] == to[0] {
+		from, to = from[1:], to[1:]
+	}
+	for len(from) > 0 && len(to) > 0 && from[len(from)-1] == to[len(to)-1] {
+		from, to = from[:len(from)-1], to[:len(to)-1]
+	}
+	for _, d := range from {
+		delete(in.good, d.Ref())
+	}
+	for _, d := range to {
+		in.good[d.Ref()] = d
+	}
+}
