@@ -317,6 +317,12 @@ type VPNGatewayStatus struct {
 	// +optional
 	Address string `json:"address,omitempty"`
 
+	// WireGuardPort is the UDP port where the far sides reach the gateway, when it is not
+	// spec.wireguard.port: a Service of type NodePort.
+	//
+	// +optional
+	WireGuardPort int32 `json:"wireguardPort,omitempty"`
+
 	// PublicKey is the gateway's WireGuard public key.
 	//
 	// +optional
@@ -344,6 +350,45 @@ type VPNGatewayStatus struct {
 	// +listMapKey=name
 	// +kubebuilder:validation:MaxItems=32
 	Replicas []GatewayReplica `json:"replicas,omitempty"`
+
+	// Endpoints are where the gateway pods are inside the cluster: the nodes find them here.
+	// A pod writes its own entry only.
+	//
+	// +optional
+	// +listType=map
+	// +listMapKey=pod
+	// +kubebuilder:validation:MaxItems=32
+	Endpoints []GatewayEndpoint `json:"endpoints,omitempty"`
+}
+
+// GatewayEndpoint is where one gateway pod is inside the cluster.
+type GatewayEndpoint struct {
+	// Pod is the name of the pod.
+	Pod string `json:"pod"`
+
+	// Node is where the pod runs.
+	//
+	// +optional
+	Node string `json:"node,omitempty"`
+
+	// PodIPs are the pod's addresses, at most one IPv4 and one IPv6 address.
+	//
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=2
+	PodIPs []IP `json:"podIPs,omitempty"`
+
+	// HostIPs are the addresses of the node, at most one IPv4 and one IPv6 address.
+	//
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=2
+	HostIPs []IP `json:"hostIPs,omitempty"`
+
+	// Active says that the nodes send traffic for sites and devices to this pod.
+	//
+	// +optional
+	Active bool `json:"active,omitempty"`
 }
 
 // ClusterRangesStatus shows the ranges in use.

@@ -23,6 +23,7 @@ const (
 	KindService        = "Service"
 	KindEndpointSlice  = "EndpointSlice"
 	KindSecret         = "Secret"
+	KindNode           = "Node"
 )
 
 // DefaultNamespace is where objects of namespaced kinds are that do not say.
@@ -40,7 +41,7 @@ func (r Ref) String() string { return r.Kind + " " + r.ID.String() }
 // Decoded is one object of a snapshot.
 type Decoded struct {
 	// Object is one of *v1alpha1.{VPNGateway,Site,Device,RemoteCluster,NodeEncryption,NodeTunnel},
-	// *corev1.{Service,Secret} and *discoveryv1.EndpointSlice.
+	// *corev1.{Service,Secret,Node} and *discoveryv1.EndpointSlice.
 	Object metav1.Object
 	// Origin is where it was read, "site.yaml:12"; empty for objects from an API server.
 	Origin string
@@ -67,6 +68,8 @@ func (d Decoded) Kind() string {
 		return KindEndpointSlice
 	case *corev1.Secret:
 		return KindSecret
+	case *corev1.Node:
+		return KindNode
 	}
 	return ""
 }
@@ -75,7 +78,7 @@ func (d Decoded) Kind() string {
 func (d Decoded) Ref() Ref {
 	kind := d.Kind()
 	ref := Ref{Kind: kind, ID: ID{Name: d.Object.GetName()}}
-	if kind != KindNodeEncryption && kind != KindNodeTunnel {
+	if kind != KindNodeEncryption && kind != KindNodeTunnel && kind != KindNode {
 		ref.ID.Namespace = namespaceOf(d.Object)
 	}
 	return ref
@@ -127,6 +130,9 @@ func (d Decoded) Equal(o Decoded) bool {
 	case *corev1.Secret:
 		b := o.Object.(*corev1.Secret)
 		return eq(a.Data, b.Data) && eq(a.StringData, b.StringData)
+	case *corev1.Node:
+		b := o.Object.(*corev1.Node)
+		return eq(a.Spec.PodCIDRs, b.Spec.PodCIDRs) && eq(a.Status.Addresses, b.Status.Addresses) && eq(a.Labels, b.Labels)
 	}
 	return false
 }
@@ -212,7 +218,7 @@ func (o Objects) Ours() []Decoded {
 	var out []Decoded
 	for _, d := range o.list {
 		switch d.Kind() {
-		case KindService, KindEndpointSlice, KindSecret:
+		case KindService, KindEndpointSlice, KindSecret, KindNode:
 		default:
 			out = append(out, d)
 		}

@@ -47,6 +47,10 @@ type ParseOptions struct {
 	InEffect map[Ref]bool
 	// Memory, unless nil, is of the Parse before, and is left for the next one.
 	Memory *Memory
+	// SecretsElsewhere says that the snapshot has no Secrets and that references to them
+	// are taken as good: the operator reads none. What is accepted then lacks its key
+	// material.
+	SecretsElsewhere bool
 	// Complete says that a reference to what is not in the snapshot is an error for good,
 	// instead of Pending.
 	Complete bool
@@ -81,6 +85,7 @@ func Parse(objects Objects, opts ParseOptions) *Model {
 		p.remoteCluster(r)
 	}
 	p.nodeEncryption()
+	p.nodes()
 	p.services()
 	p.finish()
 	opts.Memory.note(objects, opts, p.out)
@@ -96,6 +101,7 @@ type parser struct {
 	gateways, sites, devices, remoteClusters []entry
 	nodeEncryptions, nodeTunnels             []entry
 	serviceEntries, sliceEntries             []entry
+	nodeEntries                              []entry
 	secrets                                  map[ID]*corev1.Secret
 
 	attachments map[ID]*attachments // by accepted gateway
@@ -167,6 +173,8 @@ func (p *parser) index(objects Objects) {
 			p.serviceEntries = append(p.serviceEntries, e)
 		case KindEndpointSlice:
 			p.sliceEntries = append(p.sliceEntries, e)
+		case KindNode:
+			p.nodeEntries = append(p.nodeEntries, e)
 		}
 	}
 	for _, list := range [][]entry{p.gateways, p.sites, p.devices, p.remoteClusters, p.nodeEncryptions, p.nodeTunnels} {

@@ -30,6 +30,7 @@ type Model struct {
 	Gateways       []*Gateway // by ID
 	RemoteClusters []*RemoteCluster
 	NodeEncryption *NodeEncryption // nil: off
+	Nodes          []Node          // by name; empty for a standalone gateway
 	Problems       []Problem       // in the order of the objects; empty when all is well
 }
 
@@ -180,4 +181,15 @@ type NodeEncryption struct {
 type NodeTunnel struct {
 	Name      string
 	PublicKey netstate.Key
+}
+
+// Node is a node of the cluster.
+type Node struct {
+	Name string
+	// Addresses are the node's InternalIPs, sorted; most often one, or one per family.
+	Addresses []netip.Addr
+	// PodCIDRs are the ranges of the pods on it (spec.podCIDRs), masked and sorted; empty when
+	// the CNI assigns ranges in another way.
+	PodCIDRs []netip.Prefix
+	Zone     string // topology.kubernetes.io/zone; may be empty
 }

@@ -60,6 +60,13 @@ type Facts struct {
 	Addresses map[model.ID][]netip.Addr
 	// DeviceKeys are the public keys of devices whose key pair was made here.
 	DeviceKeys map[model.ID]netstate.Key
+
+	// Nodes are those of the cluster that the gateway is a pod of, by name, NodeName the one
+	// that it runs on, and PodIPs its own addresses, at most one per family. All empty: it
+	// runs standalone.
+	Nodes    []model.Node
+	NodeName string
+	PodIPs   []netip.Addr
 }
 
 // Result is a planned state and what else follows from the objects.

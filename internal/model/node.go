@@ -1,0 +1,46 @@
+package model
+
+import (
+	"cmp"
+	"net/netip"
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/culvert-vpn/culvert/internal/netstate"
+)
+
+// nodes reads the Nodes of the snapshot. An API server has checked them: what cannot be
+// read is left out, without a word.
+func (p *parser) nodes() {
+	for _, e := range p.nodeEntries {
+		p.out.Nodes = append(p.out.Nodes, ParseNode(e.Object.(*corev1.Node)))
+	}
+	slices.SortFunc(p.out.Nodes, func(a, b Node) int { return cmp.Compare(a.Name, b.Name) })
+}
+
+// ParseNode reads what matters of one Node.
+func ParseNode(o *corev1.Node) Node {
+	n := Node{Name: o.Name, Zone: o.Labels[corev1.LabelTopologyZone]}
+	for _, a := range o.Status.Addresses {
+		if a.Type != corev1.NodeInternalIP {
+			continue
+		}
+		if addr, err := netip.ParseAddr(a.Address); err == nil {
+			n.Addresses = append(n.Addresses, addr.Unmap().WithZone(""))
+		}
+	}
+	slices.SortFunc(n.Addresses, netip.Addr.Compare)
+	n.Addresses = slices.Compact(n.Addresses)
+	ranges := o.Spec.PodCIDRs
+	if len(ranges) == 0 && o.Spec.PodCIDR != "" {
+		ranges = []string{o.Spec.PodCIDR}
+	}
+	for _, r := range ranges {
+		if c, err := netip.ParsePrefix(r); err == nil {
+			n.PodCIDRs = append(n.PodCIDRs, c.Masked())
+		}
+	}
+	slices.SortFunc(n.PodCIDRs, netstate.ComparePrefixes)
+	return n
+}
