@@ -8,17 +8,15 @@ package cli
 import (
 	"context"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"io"
 	"iter"
 	"maps"
 	"slices"
-	"strings"
 
 	"github.com/spf13/cobra"
 	"sigs.k8s.io/yaml"
 
+	"github.com/culvert-vpn/culvert/internal/cli/usage"
 	"github.com/culvert-vpn/culvert/internal/process"
 )
 
@@ -30,30 +28,13 @@ type Streams struct {
 }
 
 // errNo ends a command with exit code 1 after it has said everything itself.
-var errNo = errors.New("the answer is no")
+var errNo = usage.ErrNo
 
-// usageError is a wrong command line.
-type usageError struct{ error }
-
-func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+func usagef(format string, args ...any) error { return usage.Errorf(format, args...) }
 
 // Run runs one command line and returns the exit code.
 func Run(ctx context.Context, args []string, s Streams) int {
-	root := newRoot(s)
-	root.SetArgs(args)
-	cmd, err := root.ExecuteContextC(ctx)
-	var usage usageError
-	switch {
-	case err == nil:
-		return 0
-	case errors.Is(err, errNo):
-		return 1
-	case errors.As(err, &usage):
-		fmt.Fprintf(s.Err, "culvert: %v\nSee '%s --help'.\n", err, cmd.CommandPath())
-		return 2
-	}
-	fmt.Fprintf(s.Err, "culvert: %v\n", err)
-	return 1
+	return usage.Run(ctx, newRoot(s), args, s.Err)
 }
 
 func newRoot(s Streams) *cobra.Command {
@@ -71,7 +52,7 @@ Start with one of these:
   culvert status                           who is connected`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
-		Args:          noArgs,
+		Args:          usage.NoArgs,
 		RunE:          func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 		Version:       process.Version(),
 	}
@@ -79,37 +60,15 @@ Start with one of these:
 	root.SetOut(s.Out)
 	root.SetErr(s.Err)
 	root.SetVersionTemplate("culvert {{.Version}}\n")
-	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(newGateway(), newValidate(), newPlan(), newStatus(), newDevice(), newKeygen(), newDemo())
 	return root
 }
 
-// noArgs refuses positional arguments; on a command with subcommands it names them.
-func noArgs(cmd *cobra.Command, args []string) error {
-	if len(args) == 0 {
-		return nil
-	}
-	if !cmd.HasAvailableSubCommands() {
-		return usagef("%q is one argument too many", args[0])
-	}
-	if near := cmd.SuggestionsFor(args[0]); len(near) > 0 {
-		return usagef("there is no command %q; did you mean %q?", args[0], near[0])
-	}
-	return usagef("there is no command %q", args[0])
-}
+// noArgs refuses positional arguments.
+func noArgs(cmd *cobra.Command, args []string) error { return usage.NoArgs(cmd, args) }
 
 // exactly takes the named positional arguments, all of them.
-func exactly(names ...string) cobra.PositionalArgs {
-	return func(_ *cobra.Command, args []string) error {
-		if len(args) < len(names) {
-			return usagef("%s is missing", strings.Join(names[len(args):], " "))
-		}
-		if len(args) > len(names) {
-			return usagef("%q is one argument too many", args[len(names)])
-		}
-		return nil
-	}
-}
+func exactly(names ...string) cobra.PositionalArgs { return usage.Exactly(names...) }
 
 // output is the -o flag.
 type output struct{ format string }

@@ -60,7 +60,7 @@ packets for the tunnels' ranges like any others, in plaintext. For restarts and 
 			}
 			logger, err := process.NewLogger(cmd.ErrOrStderr(), log)
 			if err != nil {
-				return usageError{err}
+				return usagef("%w", err)
 			}
 			opts.Logger = logger
 			return gateway.Run(cmd.Context(), opts)

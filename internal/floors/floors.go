@@ -23,7 +23,7 @@ var floors = [][]string{
 	// The ground: values that print as redacted, used by every other.
 	{"internal/secret", "internal/floors"},
 	// 0: values, formats, the life of a process.
-	{"api", "internal/netstate", "internal/reverse/wire", "internal/process", "internal/ipam", "internal/ipsec/vici"},
+	{"api", "internal/netstate", "internal/reverse/wire", "internal/process", "internal/ipam", "internal/ipsec/vici", "internal/splice"},
 	// 1: what objects mean.
 	{"internal/model", "internal/pki", "internal/reverse/policy"},
 	// 2: what follows from them.

@@ -25,6 +25,7 @@ import (
 	"time"
 
 	"github.com/culvert-vpn/culvert/internal/netstate"
+	"github.com/culvert-vpn/culvert/internal/splice"
 )
 
 // The defaults of Options.
@@ -103,7 +104,7 @@ type Relay struct {
 	failures failures
 	tcp      tcpRelay
 	udp      udpRelay
-	pipes    pipePool
+	pipes    splice.Pool
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -170,7 +171,7 @@ func (r *Relay) Close() error {
 	r.tcp.endGone(none)
 	r.udp.endGone(none)
 	r.wg.Wait()
-	r.pipes.close()
+	r.pipes.Close()
 	return err
 }
 
@@ -188,7 +189,7 @@ func (r *Relay) sweep() {
 			r.udp.endIdle(now, r.opts.SessionTimeout)
 			r.affinity.expire(now)
 			r.failures.expire(now)
-			r.pipes.trim()
+			r.pipes.Trim()
 		}
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"net"
 	"net/netip"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/culvert-vpn/culvert/internal/netstate"
@@ -100,6 +101,17 @@ func (r *Relay) serveTCP(client *net.TCPConn, source netip.Addr) {
 	r.pump(c, endpoint, client, &r.tcp.clientBytes)
 	wg.Wait()
 	c.close()
+}
+
+// pump moves bytes one way until the source ends; any other end resets the connection.
+func (r *Relay) pump(c *tcpConn, dst, src *net.TCPConn, count *atomic.Uint64) {
+	err := r.pipes.Copy(dst, src, func(n int) {
+		count.Add(uint64(n))
+		c.clock.touch()
+	})
+	if err != nil {
+		c.end()
+	}
 }
 
 // dialTCP connects to an endpoint of the service; nil comes with the reason.

@@ -1,11 +1,16 @@
-package relay
+// Package splice moves bytes from one TCP connection to another at the least cost: idle
+// connections hold neither a buffer nor a pipe, small messages are copied, and bulk data
+// is spliced (splice(2)) without coming into this process.
+//
+// Go's own io.Copy between TCP connections takes a pipe before the first byte, which is
+// two more file descriptors for every idle direction.
+package splice
 
 import (
 	"errors"
 	"io"
 	"net"
 	"sync"
-	"sync/atomic"
 	"syscall"
 
 	"golang.org/x/sys/unix"
@@ -17,14 +22,10 @@ const bulkSize = 32 << 10
 
 var buffers = sync.Pool{New: func() any { return new([bulkSize]byte) }}
 
-// pump moves bytes one way until the source ends, which it passes on as a half-close.
-// Any other end resets the connection.
-//
-// It holds a buffer or a pipe only while there are bytes in it: idle connections cost
-// neither. A slow destination stops it, and so, by TCP's window, the source.
+// pump moves bytes one way. It holds a buffer or a pipe only while there are bytes in it.
 type pump struct {
 	src, dst syscall.RawConn
-	pool     *pipePool
+	pool     *Pool
 
 	n      int   // bytes of the last read
 	left   int   // of these, still in the pipe
@@ -34,17 +35,23 @@ type pump struct {
 	nopipe bool
 }
 
-func (r *Relay) pump(c *tcpConn, dst, src *net.TCPConn, count *atomic.Uint64) {
-	if err := r.pumpTo(c, dst, src, count); err != nil {
-		c.end()
-		return
+// Copy moves bytes from src to dst until src ends, which it passes on as a half-close,
+// and then returns nil. A slow destination stops it, and so, by TCP's window, the
+// source. It closes neither connection; closing one of them from elsewhere ends it.
+//
+// moved is called with the number of bytes of each read, and with 0 when these have been
+// written; it must be quick.
+func (p *Pool) Copy(dst, src *net.TCPConn, moved func(n int)) error {
+	if err := p.pump(dst, src, moved); err != nil {
+		return err
 	}
 	if err := dst.CloseWrite(); err != nil && !errors.Is(err, unix.ENOTCONN) {
-		c.end()
+		return err
 	}
+	return nil
 }
 
-func (r *Relay) pumpTo(c *tcpConn, dst, src *net.TCPConn, count *atomic.Uint64) error {
+func (p *Pool) pump(dst, src *net.TCPConn, moved func(n int)) error {
 	in, err := src.SyscallConn()
 	if err != nil {
 		return err
@@ -53,40 +60,39 @@ func (r *Relay) pumpTo(c *tcpConn, dst, src *net.TCPConn, count *atomic.Uint64) 
 	if err != nil {
 		return err
 	}
-	p := &pump{src: in, dst: out, pool: &r.pipes}
-	defer p.release()
+	c := &pump{src: in, dst: out, pool: p}
+	defer c.release()
 	// Made once: a method value is allocated each time it is formed.
-	read, splice, drain := p.read, p.splice, p.drain
-	for bulk := false; ; bulk = p.n >= bulkSize {
-		p.nopipe = false
+	read, splice, drain := c.read, c.splice, c.drain
+	for bulk := false; ; bulk = c.n >= bulkSize {
+		c.nopipe = false
 		if bulk {
-			err = p.src.Read(splice)
+			err = c.src.Read(splice)
 		}
-		if !bulk || p.nopipe {
-			err = p.src.Read(read)
+		if !bulk || c.nopipe {
+			err = c.src.Read(read)
 		}
-		if err := errors.Join(err, p.err); err != nil {
+		if err := errors.Join(err, c.err); err != nil {
 			return err
 		}
-		if p.n == 0 {
+		if c.n == 0 {
 			return nil
 		}
-		count.Add(uint64(p.n))
-		c.clock.touch()
-		if p.buffer != nil {
-			_, err = dst.Write(p.buffer[:p.n])
-			p.giveBuffer()
+		moved(c.n)
+		if c.buffer != nil {
+			_, err = dst.Write(c.buffer[:c.n])
+			c.giveBuffer()
 		} else {
-			p.left = p.n
-			err = p.dst.Write(drain)
-			if err == nil && p.err == nil && p.left != 0 {
+			c.left = c.n
+			err = c.dst.Write(drain)
+			if err == nil && c.err == nil && c.left != 0 {
 				err = io.ErrShortWrite
 			}
 		}
-		if err := errors.Join(err, p.err); err != nil {
+		if err := errors.Join(err, c.err); err != nil {
 			return err
 		}
-		c.clock.touch()
+		moved(0)
 	}
 }
 

@@ -1,4 +1,4 @@
-package relay
+package splice
 
 import (
 	"sync"
@@ -30,9 +30,9 @@ func (p *pipe) close() {
 	_ = unix.Close(p.w)
 }
 
-// pipePool keeps empty pipes for as long as they are in use now and then. The zero value
-// is ready.
-type pipePool struct {
+// Pool keeps the pipes of any number of connections. The zero value is ready; its methods
+// may be called concurrently.
+type Pool struct {
 	mu     sync.Mutex
 	count  int // in use and free
 	free   []*pipe
@@ -40,7 +40,7 @@ type pipePool struct {
 }
 
 // get returns an empty pipe, or nil when there are too many already or no descriptors.
-func (p *pipePool) get() *pipe {
+func (p *Pool) get() *pipe {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if n := len(p.free); n > 0 {
@@ -61,7 +61,7 @@ func (p *pipePool) get() *pipe {
 }
 
 // put takes a pipe back; one that is not empty is closed.
-func (p *pipePool) put(pipe *pipe, empty bool) {
+func (p *Pool) put(pipe *pipe, empty bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	if !empty {
@@ -72,8 +72,8 @@ func (p *pipePool) put(pipe *pipe, empty bool) {
 	p.free = append(p.free, pipe)
 }
 
-// trim closes the pipes that nobody needed since the last call.
-func (p *pipePool) trim() {
+// Trim closes the pipes that nobody needed since the last call; call it now and then.
+func (p *Pool) Trim() {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	for range p.unused {
@@ -85,8 +85,8 @@ func (p *pipePool) trim() {
 	p.unused = len(p.free)
 }
 
-// close closes the free pipes; none may be in use.
-func (p *pipePool) close() {
-	p.trim()
-	p.trim()
+// Close closes the pipes; no Copy may be under way.
+func (p *Pool) Close() {
+	p.Trim()
+	p.Trim()
 }
