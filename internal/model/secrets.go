@@ -44,6 +44,9 @@ func (p *parser) secretKey(r *report, field, name, key string) []byte {
 		r.refuse(field+".key", ReasonInvalidSpec, "%s is not a key of a Secret: use letters, digits, '-', '_' and '.'", quote(key))
 		return nil
 	}
+	if p.opts.SecretsElsewhere {
+		return nil
+	}
 	id := ID{r.e.ref.ID.Namespace, name}
 	s, ok := p.secrets[id]
 	if !ok {

@@ -1,0 +1,91 @@
+package workload
+
+import (
+	"slices"
+
+	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/culvert-vpn/culvert/internal/model"
+)
+
+const rbacVersion = "rbac.authorization.k8s.io/v1"
+
+func serviceAccount(meta metav1.ObjectMeta) *corev1.ServiceAccount {
+	return &corev1.ServiceAccount{
+		TypeMeta: typeMeta("v1", "ServiceAccount"), ObjectMeta: meta, AutomountServiceAccountToken: new(false),
+	}
+}
+
+// ownRights let the pods keep what must outlive them: their key, where their peers were
+// last seen, and which of them is active. "create" by name works with server-side apply
+// only.
+func ownRights(gw *model.Gateway, meta metav1.ObjectMeta) []Object {
+	rule := func(group, resource, name string, verbs ...string) rbacv1.PolicyRule {
+		return rbacv1.PolicyRule{APIGroups: []string{group}, Resources: []string{resource}, ResourceNames: []string{name}, Verbs: verbs}
+	}
+	role := &rbacv1.Role{
+		TypeMeta: typeMeta(rbacVersion, "Role"), ObjectMeta: meta,
+		Rules: []rbacv1.PolicyRule{
+			rule("", "secrets", KeySecret(gw.Name), "get", "create", "patch"),
+			rule("", "configmaps", EndpointsConfigMap(gw.Name), "get", "create", "patch", "update"),
+			rule("coordination.k8s.io", "leases", GatewayName(gw.Name), "get", "create", "patch", "update"),
+		},
+	}
+	return []Object{role, roleBinding(meta, subject(gw.ID))}
+}
+
+// roleBinding binds the Role of its own name.
+func roleBinding(meta metav1.ObjectMeta, s rbacv1.Subject) *rbacv1.RoleBinding {
+	return &rbacv1.RoleBinding{
+		TypeMeta: typeMeta(rbacVersion, "RoleBinding"), ObjectMeta: meta,
+		RoleRef:  rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "Role", Name: meta.Name},
+		Subjects: []rbacv1.Subject{s},
+	}
+}
+
+// clusterRights let the pods see the objects of the whole cluster and report on them. A
+// cluster-wide object cannot be owned by one of a namespace: the operator deletes it.
+func clusterRights(gw *model.Gateway, clusterRole string) *rbacv1.ClusterRoleBinding {
+	return &rbacv1.ClusterRoleBinding{
+		TypeMeta:   typeMeta(rbacVersion, "ClusterRoleBinding"),
+		ObjectMeta: metav1.ObjectMeta{Name: global("culvert-gateway-", gw.ID), Labels: Labels(gw.ID, ComponentGateway)},
+		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: clusterRole},
+		Subjects:   []rbacv1.Subject{subject(gw.ID)},
+	}
+}
+
+func subject(id model.ID) rbacv1.Subject {
+	return rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: id.Namespace, Name: GatewayName(id.Name)}
+}
+
+// Grant lets a gateway's pods read the named Secrets of one namespace, and no others. No
+// names: no objects.
+func Grant(gateway model.ID, namespace string, secrets []string) []Object {
+	meta := metav1.ObjectMeta{Name: global("culvert-secrets-", gateway), Namespace: namespace, Labels: Labels(gateway, ComponentGrant)}
+	return grant(meta, subject(gateway), secrets, "get")
+}
+
+// OperatorGrant lets the operator's service account keep the named Secrets of one
+// namespace: the configurations of devices.
+func OperatorGrant(operator model.ID, namespace string, secrets []string) []Object {
+	labels := map[string]string{LabelName: Name, LabelComponent: ComponentGrant, LabelManagedBy: Operator}
+	meta := metav1.ObjectMeta{Name: "culvert-operator-devices", Namespace: namespace, Labels: labels}
+	s := rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: operator.Namespace, Name: operator.Name}
+	return grant(meta, s, secrets, "get", "create", "patch", "delete")
+}
+
+func grant(meta metav1.ObjectMeta, s rbacv1.Subject, secrets []string, verbs ...string) []Object {
+	if len(secrets) == 0 {
+		return nil
+	}
+	names := slices.Sorted(slices.Values(secrets))
+	role := &rbacv1.Role{
+		TypeMeta: typeMeta(rbacVersion, "Role"), ObjectMeta: meta,
+		Rules: []rbacv1.PolicyRule{{
+			APIGroups: []string{""}, Resources: []string{"secrets"}, ResourceNames: slices.Compact(names), Verbs: verbs,
+		}},
+	}
+	return []Object{role, roleBinding(meta, s)}
+}
