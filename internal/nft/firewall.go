@@ -3,6 +3,7 @@ package nft
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -72,20 +73,28 @@ func firewallChains(p *part, masquerade bool) {
 		"counter name spoofed drop")...)
 	p.base("forward", "filter", "forward", priorityForward,
 		"oifname @fw_links ct state invalid counter name invalid drop",
-		"iifname vmap @fw_clamps",
-		"oifname vmap @fw_clamps")
+		"meta l4proto tcp tcp flags & (syn | rst) == syn goto fw_opening")
+	p.chain("opening", "iifname vmap @fw_clamps", "oifname vmap @fw_clamps")
+	leaks := each(
+		"{ip} daddr . meta nfproto @fw_tunnel_nets{n} counter name leak drop",
+		"{ip} daddr @fw_tunnel_hosts{n} counter name leak drop")
 	// What an xfrm interface has taken comes here once more on its way into ESP, still with
-	// its inner addresses, and with the underlay's link as the one that it leaves by.
+	// its inner addresses, and with the underlay's link as the one that it leaves by. What
+	// our own user space has encrypted comes from a socket, unlike what is forwarded. Pods
+	// are no tunnel's: model refuses a range that is both.
 	p.base("postrouting", "filter", "postrouting", priorityLeaving,
-		append([]string{`oifname "lo" accept`, "rt ipsec exists accept"}, each(
-			"{ip} daddr . oifname @fw_out_nets{n} accept",
-			"{ip} daddr . oifname @fw_out_hosts{n} accept",
-			"{ip} daddr . meta nfproto @fw_tunnel_nets{n} counter name leak drop",
-			"{ip} daddr @fw_tunnel_hosts{n} counter name leak drop")...)...)
+		slices.Concat([]string{
+			`oifname "lo" accept`, "rt ipsec exists accept", "oifname @fw_links goto fw_out",
+			fmt.Sprintf("meta mark & %#x == %#x meta skuid 0 accept", netstate.MarkMask, netstate.MarkOuter),
+		}, each("{ip} daddr @fw_pods{n} accept"), leaks)...)
+	p.chain("out", slices.Concat(each(
+		"{ip} daddr . oifname @fw_out_nets{n} accept",
+		"{ip} daddr . oifname @fw_out_hosts{n} accept"), leaks)...)
 	var masq []string
 	if masquerade {
 		masq = []string{"iifname @fw_links oifname != @fw_links masquerade"}
 	}
+	// Also without rules: connections lose their translation when the last chain of type nat goes.
 	p.base("masquerade", "nat", "postrouting", priorityMasque, masq...)
 }
 
@@ -106,6 +115,10 @@ func (r *firewallSets) accessChain(a netstate.Access) {
 		rules = append(rules, proxied+" accept")
 	}
 	rules = append(rules, "fib daddr type local goto fw_host_"+suffix)
+	pods := each("{ip} daddr @fw_pods{n} accept")
+	if services && a&netstate.AccessPods != 0 {
+		rules = append(rules, pods...) // most packets are for pods: nothing below would change that
+	}
 	if a&netstate.AccessSites != 0 {
 		rules = append(rules, each("{ip} daddr . meta nfproto @fw_site_nets{n} accept", "{ip} daddr @fw_site_hosts{n} accept")...)
 	}
@@ -117,8 +130,8 @@ func (r *firewallSets) accessChain(a netstate.Access) {
 	} else {
 		rules = append(rules, with(translated, "counter name denied drop")...)
 	}
-	if a&netstate.AccessPods != 0 {
-		rules = append(rules, each("{ip} daddr @fw_pods{n} accept")...)
+	if !services && a&netstate.AccessPods != 0 {
+		rules = append(rules, pods...)
 	}
 	if a&netstate.AccessNodes != 0 {
 		rules = append(rules, each("{ip} daddr @fw_nodes{n} accept")...)

@@ -63,9 +63,9 @@ func servicesChains(p *part, mode netstate.ServicesMode) {
 		relay = each("iifname @svc_sources ct status & dnat == 0 {ip} daddr . meta l4proto . th dport @svc_relay{n} goto svc_relay")
 	case netstate.ServicesTranslate:
 		translate = each("iifname @svc_sources {ip} daddr . meta l4proto . th dport vmap @svc_picks{n}")
-		// Not confirmed: the first packet.
+		unmark = []string{"ct status & (dnat | confirmed) != dnat accept"} // not the first packet
 		for _, m := range translated {
-			unmark = append(unmark, "iifname @svc_sources ct status & (dnat | confirmed) == dnat "+strings.TrimPrefix(m, "ct status dnat ")+" ct mark set 0")
+			unmark = append(unmark, "iifname @svc_sources "+strings.TrimPrefix(m, "ct status dnat ")+" ct mark set 0")
 		}
 		masq = each(
 			"iifname @svc_sources oifname != @fw_links ct status dnat ct original {ip} daddr @svc_nets{n} {ip} daddr != @svc_pods{n} masquerade",
@@ -74,17 +74,24 @@ func servicesChains(p *part, mode netstate.ServicesMode) {
 	if mode != netstate.ServicesRoute {
 		unserved = []string{proxied + " accept", "iifname @svc_sources goto svc_unserved", "iifname @fw_links goto svc_unserved"}
 	}
-	p.base("relaying", "filter", "prerouting", priorityRelay, relay...)
+	p.baseUnlessEmpty("relaying", "filter", "prerouting", priorityRelay, relay)
 	mark := fmt.Sprintf("meta mark set meta mark & %#x | %#x accept", ^uint32(netstate.MarkMask), netstate.MarkProxy)
 	p.chain("relay",
 		fmt.Sprintf("meta nfproto ipv4 meta l4proto { tcp, udp } tproxy ip to 127.0.0.1:%d %s", netstate.RelayPort, mark),
 		fmt.Sprintf("meta nfproto ipv6 meta l4proto { tcp, udp } tproxy ip6 to [::1]:%d %s", netstate.RelayPort, mark))
-	p.base("translating", "nat", "prerouting", priorityTranslate, translate...)
-	p.base("unmark", "filter", "prerouting", priorityUnmark, unmark...)
-	p.base("rejecting", "filter", "prerouting", priorityUnserved, unserved...)
-	p.chain("unserved", each("{ip} daddr @svc_nets{n} goto svc_reject", "{ip} daddr @svc_hosts{n} goto svc_reject", "{ip} daddr @fw_services{n} goto svc_reject")...)
+	p.baseUnlessEmpty("translating", "nat", "prerouting", priorityTranslate, translate)
+	p.baseUnlessEmpty("unmark", "filter", "prerouting", priorityUnmark, unmark)
+	p.baseUnlessEmpty("rejecting", "filter", "prerouting", priorityUnserved, unserved)
+	p.chain("unserved", each("{ip} daddr @fw_pods{n} accept", "{ip} daddr @svc_nets{n} goto svc_reject", "{ip} daddr @svc_hosts{n} goto svc_reject", "{ip} daddr @fw_services{n} goto svc_reject")...)
 	p.chain("reject", "counter name rejected", "meta l4proto tcp reject with tcp reset", "reject with icmpx port-unreachable")
-	p.base("masquerade", "nat", "postrouting", priorityMasque, masq...)
+	p.baseUnlessEmpty("masquerade", "nat", "postrouting", priorityMasque, masq)
+}
+
+// baseUnlessEmpty adds a base chain that has rules: each costs every packet a little.
+func (p *part) baseUnlessEmpty(name, kind, hook string, priority int, rules []string) {
+	if len(rules) > 0 {
+		p.base(name, kind, hook, priority, rules...)
+	}
 }
 
 // pick is a chain that draws one of n backends. All ports with as many backends and the
