@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Makes the container image without a registry or a builder: .cache/image/culvert.tar (an
+# OCI layout that is also a docker-archive) with its list of parts beside it, sbom.spdx.json.
+# The layer with Debian's packages is made once per package list; UPDATE=1 makes it again,
+# from what Debian has today. TAG names the image. Needs root, or user namespaces.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+tag=${TAG:-culvert.dev/culvert:dev}
+out=.cache/image
+suite=bookworm
+mkdir -p "$out"
+
+# Parts of Debian that nothing at run time uses.
+purged=(perl perl-base perl-modules-5.36 libperl5.36 libgdbm6 libgdbm-compat4 debconf libdebconfclient0
+	udev tpm-udev login passwd mount util-linux util-linux-extra bsdutils diffutils adduser e2fsprogs sysvinit-utils ncurses-bin)
+
+debian() {
+	command -v mmdebstrap >/dev/null || { echo "image: mmdebstrap is missing: run 'make setup'" >&2; return 1; }
+	echo "image: the layer of Debian's packages (once; under a minute)" >&2
+	local include raw
+	include=$(grep -v '^#' images/packages | xargs | tr ' ' ,)
+	raw=$(mktemp -d "$out/debian-XXXXXX")
+	trap 'rm -rf "$raw"' RETURN
+	# shellcheck disable=SC2016 # $1 is the hook's
+	SOURCE_DATE_EPOCH=1686355200 mmdebstrap --variant=essential --include="$include" \
+		--aptopt='APT::Install-Recommends "false"' \
+		--dpkgopt='path-exclude=/usr/share/doc/*' --dpkgopt='path-include=/usr/share/doc/*/copyright' \
+		--dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
+		--customize-hook='dpkg --root="$1" --force-all --purge '"${purged[*]}" \
+		$suite "$raw/root.tar" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} >"$raw/log" 2>&1 || { cat "$raw/log" >&2; return 1; }
+	go run ./hack/image layer --root "$raw/root.tar" --out "$1"
+}
+
+# The layer depends on the list, on this script and on what the packer leaves out.
+key=$({ cat images/packages hack/image.sh hack/image/debian.go; go env GOARCH; } | sha256sum | cut -c1-16)
+layer=$out/debian-$key.tar
+if [[ ! -e $layer || -n "${UPDATE:-}" ]]; then
+	debian "$layer"
+	find "$out" -name 'debian-*.tar' ! -name "debian-$key.tar" -delete
+elif [[ -n "$(find "$layer" -mtime +7)" ]]; then
+	echo "image: Debian's packages are those of $(date -r "$layer" +%F): 'make image UPDATE=1' takes today's" >&2
+fi
+
+version=$(git describe --tags --always --dirty 2>/dev/null || echo unknown)
+rm -rf "$out/bin"
+mkdir -p "$out/bin"
+CGO_ENABLED=0 go build -trimpath -buildvcs=false \
+	-ldflags "-s -w -X github.com/culvert-vpn/culvert/internal/process.version=$version" -o "$out/bin/" ./cmd/...
+go run ./hack/image pack --debian "$layer" --programs "$out/bin" --license LICENSE \
+	--name "$tag" --version "$version" \
+	--revision "$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
+	--created "$(git log -1 --format=%ct 2>/dev/null || echo 0)" \
+	--out "$out/culvert.tar" --sbom "$out/sbom.spdx.json"
