@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# Prints the path of helm, which hack/helm/go.mod pins, and builds it when it is not there:
+# once for each go.sum and Go version.
+set -euo pipefail
+cd "$(dirname "$0")/helm"
+
+key=$({ go env GOVERSION; cat go.mod go.sum; } | sha256sum | cut -c1-16)
+dir=$(cd ../.. && pwd)/.cache/helm/$key
+if [[ ! -e $dir/complete ]]; then
+	echo "building helm (once; takes some minutes)" >&2
+	mkdir -p "$dir"
+	version=$(go list -m -f '{{.Version}}' helm.sh/helm/v3)
+	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X helm.sh/helm/v3/internal/version.version=$version" -o "$dir/" tool >&2
+	touch "$dir/complete"
+fi
+echo "$dir/helm"
