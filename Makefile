@@ -51,7 +51,7 @@ check-vulnerabilities:
 test: setup build check test-netlab test-kernel ## everything: set-up, build, check, then every layer of tests
 	@hack/layer.sh "all layers passed"
 
-.PHONY: test-unit test-netlab test-kernel
+.PHONY: test-unit test-netlab test-kernel test-cluster
 test-unit: ## unit and golden tests: no root, no network
 	@hack/test.sh unit
 
@@ -60,6 +60,20 @@ test-netlab: ## real traffic between network namespaces, with real peers (root)
 
 test-kernel: ## kernel WireGuard, ESP and nftables of Debian's stock kernel, in a virtual machine (root)
 	@hack/test.sh kernel
+
+test-cluster: ## a real Kubernetes cluster of two nodes, with Culvert in it (root)
+	@hack/test.sh cluster
+
+.PHONY: cluster-up cluster-down
+cluster-up: setup ## a real Kubernetes cluster of two nodes on this machine (root); NAME=, ARGS="-two-subnets"
+	@go run ./hack/cluster up $(if $(NAME),-name $(NAME)) $(ARGS)
+
+cluster-down: ## remove it; NAME=
+	@go run ./hack/cluster down $(if $(NAME),-name $(NAME)) $(ARGS)
+
+.PHONY: speed
+speed: setup ## the goals for speed against the library's own program (root, a machine that does nothing else)
+	@CULVERT_GOALS=1 go test ./test/netlab -run TestScaleSpeed -count=1 -v
 
 .PHONY: demo demo-down
 demo: setup build ## the main job in network namespaces; KEEP=1 leaves it up

@@ -25,7 +25,7 @@ import (
 // nothing under emulation, and user-space data paths, which the host tests.
 var suites = []suite{
 	{pkg: "./test/kernel/inside"},
-	{pkg: "./internal/wireguard", skip: "TestScale|TestSpeed|TestRestartWithAThousandBehindOneAddress|TestOthersLoseNothing|.*/^userspace$|TestSmallUnderlay/.*/userspace"},
+	{pkg: "./internal/wireguard", skip: "TestScale|TestRestartWithAThousandBehindOneAddress|TestOthersLoseNothing|.*/^userspace$|TestSmallUnderlay/.*/userspace"},
 	{pkg: "./test/netlab", run: "TestKernelDatapath"},
 	{pkg: "./internal/ipsec", skip: "TestExternalDaemon|TestHostileStrings|TestKeysAreNowhere|TestInitiateNever|TestPresharedKeyCarriesTraffic|TestTwoKeys|TestPortIsTaken|" +
 		"TestFailureWithCertificates/(expired|not_yet|stale|another)|TestFailureWithPresharedKey/(wrong|unknown|SHA|modp|weak|other|nobody)"},

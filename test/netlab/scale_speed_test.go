@@ -38,25 +38,22 @@ func newLibraryDevice(t *testing.T, h *labtest.Host, program string) *device {
 
 // The plain gateway does without a firewall and without connection tracking.
 //
-// Both are guards against getting worse, not the goals, which are 1.1 and 0.95 and are
-// not met: on a calm machine the round trip is 1.25 times as long, and one stream 0.93
-// (site to pod) and 0.95 times as fast. Without our table the round trip was 1.09.
+// The goals are asserted when CULVERT_GOALS is set (make speed), which wants a machine that
+// does nothing else: the median of all rounds must reach them. Otherwise few rounds guard
+// against getting much worse.
 const (
-	maxRoundTrip = 1.5
-	minStream    = 0.85
-)
+	goalRoundTrip = 1.1
+	goalStream    = 0.95
+	goalRounds    = 21
 
-// Rounds are few and noisy. When the median ratio is right at the bound, each round
-// reaches it with probability one half; fewer than 3 of 9 do so then in 9 of 100 runs.
-const (
-	speedRounds  = 9
-	speedReached = 3
+	guardRoundTrip = 1.5
+	guardStream    = 0.85
+	guardRounds    = 7
 )
 
 // TestScaleSpeed: a site talks to a pod through our gateway, and to another pod through a
-// gateway that is the library's own program with the kernel's forwarding. One TCP stream
-// is at least minStream times as fast, and the round trip at most maxRoundTrip times as long; in
-// turns, in a fixed number of rounds.
+// gateway that is the library's own program with the kernel's forwarding. The ratios of one
+// TCP stream's speed and of the round trip decide; in turns, in a fixed number of rounds.
 //
 //	                ┌── gateway (culvert) ── pod
 //	site (library) ─┤
@@ -107,34 +104,34 @@ func TestScaleSpeed(t *testing.T) {
 		return nil
 	})
 
+	stream, trip, rounds := guardStream, guardRoundTrip, guardRounds
+	if os.Getenv("CULVERT_GOALS") != "" {
+		stream, trip, rounds = goalStream, goalRoundTrip, goalRounds
+	}
 	for _, c := range []struct {
 		name    string
 		measure func(to string) []float64
 		good    func(ratio float64) bool
 	}{
-		{"site to pod, Gbit/s", func(to string) []float64 { return gigabits(t, n.far, to) }, func(r float64) bool { return r >= minStream }},
-		{"pod to site, Gbit/s", func(to string) []float64 { return gigabits(t, n.far, to, "-R") }, func(r float64) bool { return r >= minStream }},
-		{"round trip, ms", func(to string) []float64 { return roundTrips(t, n.far, to) }, func(r float64) bool { return r <= maxRoundTrip }},
+		{"site to pod, Gbit/s", func(to string) []float64 { return gigabits(t, n.far, to) }, func(r float64) bool { return r >= stream }},
+		{"pod to site, Gbit/s", func(to string) []float64 { return gigabits(t, n.far, to, "-R") }, func(r float64) bool { return r >= stream }},
+		{"round trip, ms", func(to string) []float64 { return roundTrips(t, n.far, to) }, func(r float64) bool { return r <= trip }},
 	} {
 		var ratios, a, b []float64
-		reached := 0
-		for i := range speedRounds {
+		for i := range rounds {
 			var x, y []float64
 			if i%2 == 0 {
 				x, y = c.measure(ours), c.measure(theirs)
 			} else {
 				y, x = c.measure(theirs), c.measure(ours)
 			}
-			r := scaleMedian(x) / scaleMedian(y)
-			if c.good(r) {
-				reached++
-			}
-			ratios, a, b = append(ratios, r), append(a, x...), append(b, y...)
+			ratios, a, b = append(ratios, scaleMedian(x)/scaleMedian(y)), append(a, x...), append(b, y...)
 		}
-		t.Logf("%s: ours %.2f, the library's program %.2f, median of %d ratios %.2f, bound reached in %d (load %s)",
-			c.name, scaleMedian(a), scaleMedian(b), speedRounds, scaleMedian(ratios), reached, load())
-		if reached < speedReached {
-			t.Errorf("%s: the bound is reached in %d of %d rounds: %.2f", c.name, reached, speedRounds, ratios)
+		ratio := scaleMedian(ratios)
+		t.Logf("%s: ours %.3f, the library's program %.3f, median of %d ratios %.3f (load %s)",
+			c.name, scaleMedian(a), scaleMedian(b), rounds, ratio, load())
+		if !c.good(ratio) {
+			t.Errorf("%s: ratio %.3f; want a stream of at least %.2f and a round trip of at most %.2f: %.2f", c.name, ratio, stream, trip, ratios)
 		}
 	}
 	t.Logf("RSS of the gateway %d MiB", g.rss()>>20)
