@@ -4,13 +4,19 @@
 set -euo pipefail
 cd "$(dirname "$0")/helm"
 
-key=$({ go env GOVERSION; cat go.mod go.sum; } | sha256sum | cut -c1-16)
+key=$({ go env GOVERSION; cat go.mod go.sum ../helm.sh; } | sha256sum | cut -c1-16)
 dir=$(cd ../.. && pwd)/.cache/helm/$key
 if [[ ! -e $dir/complete ]]; then
 	echo "building helm (once; takes some minutes)" >&2
 	mkdir -p "$dir"
 	version=$(go list -m -f '{{.Version}}' helm.sh/helm/v3)
-	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w -X helm.sh/helm/v3/internal/version.version=$version" -o "$dir/" tool >&2
+	# The Kubernetes version that "template" and "lint" take for granted, as in helm's releases.
+	minor=$(go list -m -f '{{.Version}}' k8s.io/client-go | cut -d. -f2)
+	flags="-s -w -X helm.sh/helm/v3/internal/version.version=$version"
+	for p in pkg/chartutil pkg/lint/rules; do
+		flags+=" -X helm.sh/helm/v3/$p.k8sVersionMajor=1 -X helm.sh/helm/v3/$p.k8sVersionMinor=$minor"
+	done
+	CGO_ENABLED=0 go build -trimpath -ldflags "$flags" -o "$dir/" tool >&2
 	touch "$dir/complete"
 fi
 echo "$dir/helm"
