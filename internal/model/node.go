@@ -4,11 +4,16 @@ import (
 	"cmp"
 	"net/netip"
 	"slices"
+	"strings"
 
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/culvert-vpn/culvert/internal/netstate"
 )
+
+// LinkAddressesAnnotation is the annotation of a Node in which its agent lists, separated by
+// commas, the addresses for Node.LinkAddresses.
+const LinkAddressesAnnotation = "culvert.dev/node-link-addresses"
 
 // nodes reads the Nodes of the snapshot. An API server has checked them: what cannot be
 // read is left out, without a word.
@@ -32,6 +37,12 @@ func ParseNode(o *corev1.Node) Node {
 	}
 	slices.SortFunc(n.Addresses, netip.Addr.Compare)
 	n.Addresses = slices.Compact(n.Addresses)
+	for _, a := range strings.Split(o.Annotations[LinkAddressesAnnotation], ",") {
+		if addr, err := netip.ParseAddr(a); err == nil {
+			n.LinkAddresses = append(n.LinkAddresses, addr.Unmap().WithZone(""))
+		}
+	}
+	slices.SortFunc(n.LinkAddresses, netip.Addr.Compare)
 	ranges := o.Spec.PodCIDRs
 	if len(ranges) == 0 && o.Spec.PodCIDR != "" {
 		ranges = []string{o.Spec.PodCIDR}

@@ -132,7 +132,8 @@ func (d Decoded) Equal(o Decoded) bool {
 		return eq(a.Data, b.Data) && eq(a.StringData, b.StringData)
 	case *corev1.Node:
 		b := o.Object.(*corev1.Node)
-		return eq(a.Spec.PodCIDRs, b.Spec.PodCIDRs) && eq(a.Status.Addresses, b.Status.Addresses) && eq(a.Labels, b.Labels)
+		return eq(a.Spec.PodCIDRs, b.Spec.PodCIDRs) && eq(a.Status.Addresses, b.Status.Addresses) && eq(a.Labels, b.Labels) &&
+			a.Annotations[LinkAddressesAnnotation] == b.Annotations[LinkAddressesAnnotation]
 	}
 	return false
 }

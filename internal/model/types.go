@@ -143,6 +143,7 @@ type Device struct {
 type RemoteCluster struct {
 	ID
 	Generation int64
+	UID        string // metadata.uid; may be empty in manifests
 	Targets    []Target
 	Exports    []Export
 	Replicas   int
@@ -188,6 +189,9 @@ type Node struct {
 	Name string
 	// Addresses are the node's InternalIPs, sorted; most often one, or one per family.
 	Addresses []netip.Addr
+	// LinkAddresses are further addresses that the node sends from to gateway pods, as its
+	// agent has found: those of its end of the CNI's bridge or overlay. Sorted.
+	LinkAddresses []netip.Addr
 	// PodCIDRs are the ranges of the pods on it (spec.podCIDRs), masked and sorted; empty when
 	// the CNI assigns ranges in another way.
 	PodCIDRs []netip.Prefix

@@ -72,6 +72,7 @@ func (s *State) Sort() {
 	slices.SortFunc(s.Links, func(a, b Link) int { return cmp.Compare(a.Name, b.Name) })
 	for i := range s.Links {
 		slices.SortFunc(s.Links[i].Addresses, ComparePrefixes)
+		s.Links[i].VXLAN.sort()
 	}
 	slices.SortFunc(s.WireGuard, func(a, b WireGuard) int { return cmp.Compare(a.Link, b.Link) })
 	for i := range s.WireGuard {
@@ -103,7 +104,8 @@ func (s *State) Sort() {
 		slices.SortFunc(f.Pools[i].Prefixes, ComparePrefixes)
 	}
 	slices.SortFunc(f.Clamps, func(a, b Clamp) int { return cmp.Compare(a.Link, b.Link) })
-	for _, l := range [][]netip.Prefix{f.Pods, f.Services, f.Nodes, s.Services.Ranges, s.Services.Pods} {
+	f.NodeLink.sort()
+	for _, l := range [][]netip.Prefix{f.Pods, f.Services, f.Nodes, f.Unmasqueraded, s.Services.Ranges, s.Services.Pods} {
 		slices.SortFunc(l, ComparePrefixes)
 	}
 	slices.Sort(s.Services.Sources)
@@ -136,7 +138,8 @@ func (s State) Lines() []string {
 		if l.InterfaceID != 0 {
 			id = fmt.Sprintf(" if_id %#x", l.InterfaceID)
 		}
-		add("link %s type %s%s mtu %d%s", l.Name, l.Kind, id, l.MTU, list(" address ", l.Addresses))
+		add("link %s type %s%s%s mtu %d%s", l.Name, l.Kind, id, l.VXLAN.text(), l.MTU, list(" address ", l.Addresses))
+		out = append(out, l.VXLAN.lines(l.Name)...)
 	}
 	for _, w := range s.WireGuard {
 		add("wireguard %s public-key %s listen-port %d fwmark %#x", w.Link, w.PublicKey, w.ListenPort, w.FirewallMark)
@@ -154,6 +157,9 @@ func (s State) Lines() []string {
 		mark := ""
 		if r.Mark != 0 {
 			mark = fmt.Sprintf(" fwmark %#x/%#x", r.Mark, r.MarkMask)
+		}
+		if r.Forwarded {
+			mark += " forwarded"
 		}
 		add("rule ipv%d priority %d%s lookup %d", r.Family, r.Priority, mark, r.Table)
 	}
@@ -219,6 +225,9 @@ func (r Route) line() string {
 	if r.Link != "" {
 		fmt.Fprintf(&b, " dev %s", r.Link)
 	}
+	if r.OnLink {
+		b.WriteString(" onlink")
+	}
 	if r.Source.IsValid() {
 		fmt.Fprintf(&b, " src %s", r.Source)
 	}
@@ -239,6 +248,10 @@ func (f Firewall) lines() []string {
 	if f.Masquerade {
 		out = append(out, "firewall masquerade tunnel sources")
 	}
+	if len(f.Unmasqueraded) > 0 {
+		out = append(out, "firewall unmasqueraded"+list(" ", f.Unmasqueraded))
+	}
+	out = append(out, f.NodeLink.lines()...)
 	for _, c := range f.Clamps {
 		out = append(out, fmt.Sprintf("firewall clamp %s mss %d/%d", c.Link, c.MSS4, c.MSS6))
 	}

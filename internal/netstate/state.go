@@ -28,6 +28,16 @@ const (
 	RulePriorityTunnel = 19602 // everything else: Table
 )
 
+// NodeTable is the routing table of the node link: on a node, the ranges of sites and
+// devices; in a gateway's pod, the nodes and their pods.
+const NodeTable = 19610
+
+// Priorities of the rules that lead to NodeTable.
+const (
+	RulePriorityForwarded = 19603 // in a gateway's pod: what it forwards, never its own packets
+	RulePriorityNode      = 19610 // on a node: everything
+)
+
 // ProxyTable holds the local default route for packets that the relay accepts.
 const ProxyTable = 19601
 
@@ -72,6 +82,7 @@ const (
 	LinkWireGuard LinkKind = "wireguard" // made by internal/wireguard, in the kernel or on a TUN
 	LinkXFRM      LinkKind = "xfrm"      // made by internal/route; used by internal/ipsec
 	LinkLibIPsec  LinkKind = "libipsec"  // made by charon's kernel-libipsec; always "ipsec0"
+	LinkVXLAN     LinkKind = "vxlan"     // made by internal/route: the node link
 )
 
 // LibIPsecLink is the name that kernel-libipsec gives its one TUN device.
@@ -85,6 +96,7 @@ type Link struct {
 	MTU         int            // bytes of an inner packet
 	Addresses   []netip.Prefix // host bits kept: "10.99.0.1/24"
 	InterfaceID uint32         // LinkXFRM only: XFRMA_IF_ID, not zero
+	VXLAN       *VXLAN         // LinkVXLAN only, and there not nil
 }
 
 // Key is a Curve25519 public key (https://www.wireguard.com/protocol/).
@@ -198,6 +210,7 @@ type Route struct {
 	Link        string     // unicast and local
 	Via         netip.Addr // zero: on-link
 	Source      netip.Addr // preferred source; zero: the kernel's choice
+	OnLink      bool       // Via is reached through Link whatever the routes say
 	Metric      int
 	Table       int
 }
@@ -208,7 +221,10 @@ type Rule struct {
 	Priority int
 	Mark     uint32 // 0: any
 	MarkMask uint32 // 0 with Mark 0
-	Table    int
+	// Forwarded limits the rule to packets that came in over a link: those of the host's
+	// own processes, and reverse-path lookups, do not match.
+	Forwarded bool
+	Table     int
 }
 
 // Family is an address family.
@@ -258,6 +274,10 @@ type Firewall struct {
 	// to the gateway's own address.
 	Masquerade bool
 	Clamps     []Clamp
+	NodeLink   *NodeLink // nil: no node link ends here
+	// Unmasqueraded are ranges whose packets, from and to, keep their addresses, whatever
+	// translation of sources others have set up on the host.
+	Unmasqueraded []netip.Prefix
 }
 
 // Pool is a set of ranges that belong to a link.

@@ -152,7 +152,7 @@ func readSets(conn *nftables.Conn, which func(*nftables.Set) bool,
 
 func hookName(h nftables.ChainHook) string {
 	for name, hook := range map[string]*nftables.ChainHook{
-		"prerouting": nftables.ChainHookPrerouting, "forward": nftables.ChainHookForward, "postrouting": nftables.ChainHookPostrouting,
+		"prerouting": nftables.ChainHookPrerouting, "input": nftables.ChainHookInput, "forward": nftables.ChainHookForward, "postrouting": nftables.ChainHookPostrouting,
 	} {
 		if *hook == h {
 			return name

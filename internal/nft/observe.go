@@ -15,7 +15,7 @@ type Observation struct {
 	// SetServices make it again.
 	Present bool
 	// Dropped counts packets by reason: "spoofed" (from a tunnel's link with a source that
-	// is none of its tunnels'), "denied" (not covered by the tunnel's access), "leak" (for
+	// is none of its tunnels', or over the node link from an address that is no end of it), "denied" (not covered by the tunnel's access), "leak" (for
 	// a tunnel, but about to leave through another link), "invalid" (unknown to connection
 	// tracking). All reasons are always there.
 	Dropped map[string]uint64

@@ -40,6 +40,8 @@ func renderFirewall(f netstate.Firewall) (*part, error) {
 	fillNets(p, "fw_pods", f.Pods)
 	fillNets(p, "fw_services", f.Services)
 	fillNets(p, "fw_nodes", f.Nodes)
+	r.nodeLink(f.NodeLink)
+	r.keep(f.Unmasqueraded)
 	r.finish()
 	return p, r.err
 }

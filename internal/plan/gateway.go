@@ -107,6 +107,7 @@ func Gateway(gw *model.Gateway, facts Facts) Result {
 	p.devicePools()
 	p.finishWireGuard()
 	p.services()
+	p.nodeLink()
 	p.clamps()
 	p.rules()
 	p.sysctls()

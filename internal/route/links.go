@@ -14,8 +14,8 @@ import (
 	"github.com/culvert-vpn/culvert/internal/netstate"
 )
 
-// SetLinks makes the xfrm interfaces that are wanted and removes those of ours that are
-// not, and gives every wanted link its MTU, exactly its addresses (link-local IPv6
+// SetLinks makes the xfrm interfaces and VXLAN links that are wanted, these with their far
+// ends, and removes those of ours that are not, and gives every wanted link its MTU, exactly its addresses (link-local IPv6
 // addresses stay) and the up flag. Links of other kinds are made by others; one that is
 // not there is reported as a *MissingLinkError, and the rest is applied. It returns how
 // many changes it made.
@@ -27,7 +27,7 @@ func (r *Route) SetLinks(ctx context.Context, want []netstate.Link) (changed int
 		return 0, err
 	}
 	var errs failures
-	n, err := r.removeXFRM(have, want)
+	n, err := r.removeMade(have, want)
 	changed += n
 	if err != nil {
 		errs.add(err)
@@ -63,24 +63,19 @@ func (r *Route) links() (map[string]netlink.Link, error) {
 	return links, nil
 }
 
-func isXFRM(l netlink.Link) bool { return l.Type() == "xfrm" }
+// made tells whether a link is of a kind that this package makes.
+func made(l netlink.Link) bool { return l.Type() == "xfrm" || l.Type() == "vxlan" }
 
-// removeXFRM deletes our xfrm interfaces that are not wanted, or wanted with another
-// identifier (it cannot be changed), and forgets them in have.
-func (r *Route) removeXFRM(have map[string]netlink.Link, want []netstate.Link) (changed int, err error) {
-	keep := make(map[string]uint32, len(want))
+// removeMade deletes our links of the kinds that are made here and that are not wanted, or
+// wanted with what cannot be changed (an identifier, say), and forgets them in have.
+func (r *Route) removeMade(have map[string]netlink.Link, want []netstate.Link) (changed int, err error) {
+	keep := make(map[string]netstate.Link, len(want))
 	for _, w := range want {
-		if w.Kind == netstate.LinkXFRM {
-			keep[w.Name] = w.InterfaceID
-		}
+		keep[w.Name] = w
 	}
 	var errs failures
 	for name, l := range have {
-		x, ok := l.(*netlink.Xfrmi)
-		if !ok || !ours(name) {
-			continue
-		}
-		if id, ok := keep[name]; ok && id == x.Ifid {
+		if !made(l) || !ours(name) || sameMade(l, keep[name]) {
 			continue
 		}
 		if err := r.h.LinkDel(l); err != nil {
@@ -91,6 +86,16 @@ func (r *Route) removeXFRM(have map[string]netlink.Link, want []netstate.Link) (
 		changed++
 	}
 	return changed, errs.join()
+}
+
+func sameMade(l netlink.Link, w netstate.Link) bool {
+	switch x := l.(type) {
+	case *netlink.Xfrmi:
+		return w.Kind == netstate.LinkXFRM && w.InterfaceID == x.Ifid
+	case *netlink.Vxlan:
+		return w.Kind == netstate.LinkVXLAN && sameVXLAN(x, w)
+	}
+	return false
 }
 
 // setLink makes l, which is nil when it is not there, what w says; addresses are those
@@ -105,10 +110,15 @@ func (r *Route) setLink(l netlink.Link, w netstate.Link, addresses map[int][]net
 			return 0, err
 		}
 		changed++
+	case l == nil && w.Kind == netstate.LinkVXLAN:
+		if l, err = r.addVXLAN(w); err != nil {
+			return 0, err
+		}
+		changed++
 	case l == nil:
 		return 0, &MissingLinkError{Link: w.Name}
-	case w.Kind == netstate.LinkXFRM && !isXFRM(l):
-		return 0, fmt.Errorf("link %s is of type %s, not xfrm: delete it (ip link delete %s)", w.Name, l.Type(), w.Name)
+	case (w.Kind == netstate.LinkXFRM || w.Kind == netstate.LinkVXLAN) && l.Type() != string(w.Kind):
+		return 0, fmt.Errorf("link %s is of type %s, not %s: delete it (ip link delete %s)", w.Name, l.Type(), w.Kind, w.Name)
 	}
 	if w.MTU != 0 && l.Attrs().MTU != w.MTU {
 		if err := r.h.LinkSetMTU(l, w.MTU); err != nil {
@@ -127,7 +137,11 @@ func (r *Route) setLink(l netlink.Link, w netstate.Link, addresses map[int][]net
 		}
 		changed++
 	}
-	return changed, nil
+	if w.Kind != netstate.LinkVXLAN {
+		return changed, nil
+	}
+	n, err = r.setPeers(l, *w.VXLAN)
+	return changed + n, err
 }
 
 func (r *Route) addXFRM(w netstate.Link) (netlink.Link, error) {

@@ -12,8 +12,8 @@ import (
 
 // Observe lists our links, rules and routes as the kernel has them, sorted, in the form
 // of a desired state; the other parts of the State are empty. Link-local IPv6 addresses
-// are left out: the kernel makes them by itself. A link of ours that is no xfrm interface counts as
-// netstate.LinkWireGuard, in the kernel or on a TUN.
+// are left out: the kernel makes them by itself. A link of ours that is neither an xfrm
+// interface nor VXLAN counts as netstate.LinkWireGuard, in the kernel or on a TUN.
 func (r *Route) Observe(ctx context.Context) (netstate.State, error) {
 	if err := ctx.Err(); err != nil {
 		return netstate.State{}, err
@@ -30,9 +30,17 @@ func (r *Route) Observe(ctx context.Context) (netstate.State, error) {
 		return s, err
 	}
 	for name, l := range links {
-		if ours(name) {
-			s.Links = append(s.Links, observedLink(l, addresses[l.Attrs().Index]))
+		if !ours(name) {
+			continue
 		}
+		o := observedLink(l, addresses[l.Attrs().Index])
+		if x, ok := l.(*netlink.Vxlan); ok {
+			o.Kind = netstate.LinkVXLAN
+			if o.VXLAN, err = r.observedVXLAN(x); err != nil {
+				return s, err
+			}
+		}
+		s.Links = append(s.Links, o)
 	}
 	rules, err := r.rules()
 	if err != nil {

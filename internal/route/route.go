@@ -2,7 +2,7 @@
 //
 // It owns what it tags and nothing else: routes with netstate.RouteProtocol in the
 // tables of its Options, rules with that protocol and a priority in their range, links
-// named "cvt…", of which it makes only the xfrm interfaces. The second Set of a value
+// named "cvt…", of which it makes the xfrm interfaces and the VXLAN links. The second Set of a value
 // finds everything in the kernel, also after a restart of the process, and changes
 // nothing.
 //
@@ -32,10 +32,10 @@ const linkPrefix = "cvt"
 // requestTimeout is how long one netlink request may take.
 const requestTimeout = 10 * time.Second
 
-// Options say what belongs to a Route. The zero value is right for a gateway.
+// Options say what belongs to a Route. The zero value is right for gateways and nodes.
 type Options struct {
 	// Tables are the routing tables whose routes with our protocol number are ours. Nil:
-	// netstate.Table and netstate.ProxyTable.
+	// netstate.Table, netstate.ProxyTable and netstate.NodeTable.
 	Tables []int
 	// MinPriority and MaxPriority enclose the priorities of our rules. Both zero: 19600
 	// to 19699.
@@ -64,7 +64,7 @@ type Route struct {
 // they are those of the thread that calls SetSysctls.
 func New(o Options) (*Route, error) {
 	if o.Tables == nil {
-		o.Tables = []int{netstate.Table, netstate.ProxyTable}
+		o.Tables = []int{netstate.Table, netstate.ProxyTable, netstate.NodeTable}
 	}
 	if o.MinPriority == 0 && o.MaxPriority == 0 {
 		o.MinPriority, o.MaxPriority = netstate.RulePriorityOuter, netstate.RulePriorityOuter+99
@@ -113,7 +113,7 @@ func (r *Route) closeEvents() {
 	}
 }
 
-// Close removes our rules, routes and xfrm interfaces, and the addresses of those of our
+// Close removes our rules, routes, xfrm interfaces and VXLAN links, and the addresses of those of our
 // links that others made, then does what Detach does. Kernel settings stay as they are:
 // others may rely on them by now (ip_forward, say). After Close nothing keeps traffic
 // for a tunnel's range from following the host's other routes.
@@ -148,7 +148,7 @@ func (r *Route) remove() error {
 		if !ours(name) || name == netstate.LibIPsecLink && !r.set[name] {
 			continue
 		}
-		if isXFRM(l) {
+		if made(l) {
 			if err := r.h.LinkDel(l); err != nil && !errors.Is(err, unix.ENODEV) {
 				errs.add(fmt.Errorf("delete link %s: %w", name, err))
 			}

@@ -171,7 +171,7 @@ func (r *Route) normal(w netstate.Route) (netstate.Route, error) {
 	}
 	switch w.Kind {
 	case netstate.RouteUnreachable, netstate.RouteThrow:
-		n.Link, n.Via, n.Source = "", netip.Addr{}, netip.Addr{}
+		n.Link, n.Via, n.Source, n.OnLink = "", netip.Addr{}, netip.Addr{}, false
 	case netstate.RouteLocal:
 		if n.Link == "" {
 			n.Link = "lo"
@@ -240,6 +240,9 @@ func kernelRoute(w netstate.Route, links map[string]netlink.Link) *netlink.Route
 	if w.Source.IsValid() {
 		k.Src = w.Source.AsSlice()
 	}
+	if w.OnLink {
+		k.Flags = int(netlink.FLAG_ONLINK)
+	}
 	switch {
 	case w.Kind == netstate.RouteLocal:
 		k.Scope = netlink.SCOPE_HOST
@@ -280,6 +283,7 @@ func observedRoute(k netlink.Route, names map[int]string) netstate.Route {
 		Link:        names[k.LinkIndex],
 		Via:         addr(k.Gw),
 		Source:      addr(k.Src),
+		OnLink:      k.Flags&int(netlink.FLAG_ONLINK) != 0,
 		Metric:      k.Priority,
 		Table:       k.Table,
 	}

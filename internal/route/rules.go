@@ -61,6 +61,8 @@ func (r *Route) addRule(w netstate.Rule) error {
 	switch {
 	case kernelFamily[w.Family] == 0:
 		return fmt.Errorf("%s: unknown address family", describeRule(w))
+	case w.Forwarded && (w.Mark != 0 || w.MarkMask != 0):
+		return fmt.Errorf("%s: selects by mark and by being forwarded; one of them is possible", describeRule(w))
 	case w.Priority < r.options.MinPriority || w.Priority > r.options.MaxPriority:
 		return fmt.Errorf("%s: the priority is not one of ours (%d to %d)", describeRule(w), r.options.MinPriority, r.options.MaxPriority)
 	}
@@ -72,6 +74,9 @@ func (r *Route) addRule(w netstate.Rule) error {
 	if w.Mark != 0 || w.MarkMask != 0 {
 		k.Mark = w.Mark
 		k.Mask = &w.MarkMask
+	}
+	if w.Forwarded {
+		k.IifName, k.Invert = "lo", true // what the host sends itself counts as coming from lo
 	}
 	if err := r.h.RuleAdd(k); err != nil {
 		return fmt.Errorf("add %s: %w", describeRule(w), err)
@@ -111,16 +116,25 @@ func observedRule(k netlink.Rule) netstate.Rule {
 	if k.Mask != nil {
 		o.MarkMask = *k.Mask
 	}
+	o.Forwarded = forwarded(k)
 	return o
 }
 
-// plain tells whether a rule selects by nothing but the mark, as all of ours do.
+// forwarded tells whether a rule selects packets that came in over a link.
+func forwarded(k netlink.Rule) bool { return k.IifName == "lo" && k.Invert && k.Mark == 0 }
+
+// plain tells whether a rule selects by nothing but the mark or, instead, by being
+// forwarded, as all of ours do.
 func plain(k netlink.Rule) bool {
-	return k.Src == nil && k.Dst == nil && k.IifName == "" && k.OifName == "" && k.Tos == 0 && k.TunID == 0 &&
-		!k.Invert && k.IPProto == 0 && k.Sport == nil && k.Dport == nil && k.UIDRange == nil &&
+	return k.Src == nil && k.Dst == nil && (forwarded(k) || k.IifName == "" && !k.Invert) && k.OifName == "" && k.Tos == 0 && k.TunID == 0 &&
+		k.IPProto == 0 && k.Sport == nil && k.Dport == nil && k.UIDRange == nil &&
 		k.SuppressPrefixlen < 0 && k.SuppressIfgroup < 0 && k.Goto < 0
 }
 
 func describeRule(x netstate.Rule) string {
-	return fmt.Sprintf("rule ipv%d priority %d fwmark %#x/%#x lookup %d", x.Family, x.Priority, x.Mark, x.MarkMask, x.Table)
+	what := ""
+	if x.Forwarded {
+		what = " forwarded"
+	}
+	return fmt.Sprintf("rule ipv%d priority %d fwmark %#x/%#x%s lookup %d", x.Family, x.Priority, x.Mark, x.MarkMask, what, x.Table)
 }
