@@ -132,3 +132,9 @@ func (in *Incumbents) replace(from, to []model.Decoded) {
 		in.good[d.Ref()] = d
 	}
 }
+
+// InEffect is the version of an object that the last Parse accepted.
+func (in *Incumbents) InEffect(ref model.Ref) (model.Decoded, bool) {
+	d, ok := in.good[ref]
+	return d, ok
+}

@@ -28,7 +28,7 @@ const (
 
 	stateDirectory = "/var/lib/culvert"
 	ipsecDirectory = "/run/culvert/ipsec"
-	tokenDirectory = "/var/run/secrets/kubernetes.io/serviceaccount"
+	tokenDirectory = "/var/run/secrets/kubernetes.io/serviceaccount" //nolint:gosec // a directory
 
 	// A gateway's peers wait while its pod ends: nothing is drained, so it takes no time.
 	terminationSeconds = 5

@@ -63,29 +63,41 @@ func subject(id model.ID) rbacv1.Subject {
 // Grant lets a gateway's pods read the named Secrets of one namespace, and no others. No
 // names: no objects.
 func Grant(gateway model.ID, namespace string, secrets []string) []Object {
-	meta := metav1.ObjectMeta{Name: global("culvert-secrets-", gateway), Namespace: namespace, Labels: Labels(gateway, ComponentGrant)}
-	return grant(meta, subject(gateway), secrets, "get")
-}
-
-// OperatorGrant lets the operator's service account keep the named Secrets of one
-// namespace: the configurations of devices.
-func OperatorGrant(operator model.ID, namespace string, secrets []string) []Object {
-	labels := map[string]string{LabelName: Name, LabelComponent: ComponentGrant, LabelManagedBy: Operator}
-	meta := metav1.ObjectMeta{Name: "culvert-operator-devices", Namespace: namespace, Labels: labels}
-	s := rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: operator.Namespace, Name: operator.Name}
-	return grant(meta, s, secrets, "get", "create", "patch", "delete")
-}
-
-func grant(meta metav1.ObjectMeta, s rbacv1.Subject, secrets []string, verbs ...string) []Object {
 	if len(secrets) == 0 {
 		return nil
 	}
-	names := slices.Sorted(slices.Values(secrets))
-	role := &rbacv1.Role{
-		TypeMeta: typeMeta(rbacVersion, "Role"), ObjectMeta: meta,
-		Rules: []rbacv1.PolicyRule{{
-			APIGroups: []string{""}, Resources: []string{"secrets"}, ResourceNames: slices.Compact(names), Verbs: verbs,
-		}},
+	meta := metav1.ObjectMeta{Name: global("culvert-secrets-", gateway), Namespace: namespace, Labels: Labels(gateway, ComponentGrant)}
+	return grant(meta, subject(gateway), secretRule(secrets, "get"))
+}
+
+// OperatorGrant lets the operator's service account keep the Secrets with devices'
+// configurations of one namespace, and read the pre-shared keys that go into them. No names:
+// no objects.
+func OperatorGrant(operator model.ID, namespace string, configurations, presharedKeys []string) []Object {
+	var rules []rbacv1.PolicyRule
+	if len(configurations) > 0 {
+		rules = append(rules, secretRule(configurations, "get", "create", "patch", "delete"))
 	}
+	if len(presharedKeys) > 0 {
+		rules = append(rules, secretRule(presharedKeys, "get"))
+	}
+	if len(rules) == 0 {
+		return nil
+	}
+	labels := map[string]string{LabelName: Name, LabelComponent: ComponentGrant, LabelManagedBy: Operator}
+	meta := metav1.ObjectMeta{Name: "culvert-operator-devices", Namespace: namespace, Labels: labels}
+	s := rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: operator.Namespace, Name: operator.Name}
+	return grant(meta, s, rules...)
+}
+
+func secretRule(names []string, verbs ...string) rbacv1.PolicyRule {
+	return rbacv1.PolicyRule{
+		APIGroups: []string{""}, Resources: []string{"secrets"},
+		ResourceNames: slices.Compact(slices.Sorted(slices.Values(names))), Verbs: verbs,
+	}
+}
+
+func grant(meta metav1.ObjectMeta, s rbacv1.Subject, rules ...rbacv1.PolicyRule) []Object {
+	role := &rbacv1.Role{TypeMeta: typeMeta(rbacVersion, "Role"), ObjectMeta: meta, Rules: rules}
 	return []Object{role, roleBinding(meta, s)}
 }
