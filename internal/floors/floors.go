@@ -27,7 +27,7 @@ var floors = [][]string{
 	// 1: what objects mean.
 	{"internal/model", "internal/pki", "internal/reverse/policy"},
 	// 2: what follows from them.
-	{"internal/plan", "internal/workload"},
+	{"internal/plan", "internal/workload", "internal/kube"},
 	// 3: effects.
 	{
 		"internal/source", "internal/store",

@@ -31,11 +31,16 @@ import (
 
 // Options say where a gateway finds its objects and keeps its state.
 type Options struct {
-	Manifests string // directory of manifests
+	Manifests string // directory of manifests; empty: Cluster
 	State     string // directory for keys, addresses, sockets
 	// Name chooses among several VPNGateways: "name" or "namespace/name"; may be empty when
 	// there is only one.
 	Name string
+	// Cluster is the API server that has the objects, when there are no Manifests.
+	Cluster *Cluster
+	// IPsecDir is the directory of an IKE daemon that others run (ipsec.Supervise); empty: a
+	// daemon of our own, as a child.
+	IPsecDir string
 	// WireGuard and IPsec force a datapath; empty: found out.
 	WireGuard wireguard.Datapath
 	IPsec     netstate.IPsecDatapath
@@ -53,15 +58,16 @@ type Options struct {
 const (
 	observeEvery = time.Second
 	resyncEvery  = 10 * time.Second
+	retryEvery   = time.Second // what others are about to do
 	resolveEvery = 30 * time.Second
 )
 
 // Gateway is one running gateway.
 type Gateway struct {
-	opts  Options
-	log   *slog.Logger
-	store *store.Store
-	files *source.Files
+	opts    Options
+	log     *slog.Logger
+	store   *store.Store
+	backing backing
 
 	wireguard *wireguard.WireGuard
 	ipsec     *ipsec.IPsec
@@ -70,12 +76,11 @@ type Gateway struct {
 	relay     *relay.Relay
 
 	// Owned by the loop.
-	known      store.Objects
-	unsaved    bool // known is not what is on disk
 	good       source.Incumbents
 	facts      plan.Facts
 	names      resolver
 	problems   []ProblemReport
+	account    account // what problems are made of, for the backing
 	model      *model.Gateway
 	planned    plan.Result
 	nextChange time.Time
@@ -122,25 +127,31 @@ func (g *Gateway) open() error {
 	if err := lockSoon(g.store); err != nil {
 		return err
 	}
-	if g.known, err = g.store.Objects(); err != nil {
+	if g.opts.Cluster != nil {
+		g.backing = newCluster(*g.opts.Cluster, g.log)
+		return g.openAppliers()
+	}
+	if g.backing, err = newDisk(g.opts.Manifests, g.store); err != nil {
 		return err
 	}
-	if g.facts.PrivateKey, g.facts.PublicKey, err = g.store.GatewayKey(); err != nil {
+	if err := g.identify(context.Background(), nil); err != nil {
 		return err
 	}
-	g.facts.Endpoints = g.store.Endpoints()
-	g.lastEndpoints = maps.Clone(g.facts.Endpoints)
-	g.files = source.NewFiles(g.opts.Manifests)
 	return g.openAppliers()
 }
 
-// lockSoon takes the lock, with some patience for a predecessor that is just ending.
-func lockSoon(s *store.Store) error {
-	for deadline := time.Now().Add(2 * time.Second); ; time.Sleep(20 * time.Millisecond) {
-		if err := s.Lock(); !errors.Is(err, store.ErrLocked) || time.Now().After(deadline) {
-			return err
-		}
+// identify learns the gateway's key, once.
+func (g *Gateway) identify(ctx context.Context, gw *model.Gateway) error {
+	if !g.facts.PrivateKey.IsZero() {
+		return nil
 	}
+	id, err := g.backing.Identity(ctx, gw)
+	if err != nil {
+		return err
+	}
+	g.facts.PrivateKey, g.facts.PublicKey, g.facts.Endpoints = id.private, id.public, id.endpoints
+	g.lastEndpoints = maps.Clone(id.endpoints)
+	return nil
 }
 
 func (g *Gateway) openAppliers() error {
@@ -156,7 +167,11 @@ func (g *Gateway) openAppliers() error {
 		return err
 	}
 	g.log.Info("wireguard datapath", "datapath", g.wireguard.Datapath())
-	if g.ipsec, err = ipsec.New(ipsec.Options{Dir: g.store.RunDir() + "/ipsec", Logger: g.log}); err != nil {
+	ike := ipsec.Options{Dir: g.store.RunDir() + "/ipsec", Logger: g.log}
+	if g.opts.IPsecDir != "" {
+		ike.Socket = ipsec.Socket(g.opts.IPsecDir)
+	}
+	if g.ipsec, err = ipsec.New(ike); err != nil {
 		return err
 	}
 	if g.nft, err = nft.New(nft.Options{Logger: g.log}); err != nil {
@@ -211,6 +226,7 @@ func (g *Gateway) close() error {
 		closeIf("routes", g.route != nil, func() error { return g.route.Detach() })
 		closeIf("ipsec", g.ipsec != nil, func() error { g.ipsec.Release(); return nil })
 	}
+	closeIf("objects", g.backing != nil, func() error { return g.backing.Close() })
 	closeIf("state", g.store != nil, func() error { return g.store.Close() })
 	return errors.Join(errs...)
 }
@@ -229,7 +245,7 @@ func (g *Gateway) serve(ctx context.Context) error {
 
 // loop reconciles whenever something changed, and looks at the peers every second.
 func (g *Gateway) loop(ctx context.Context) error {
-	files, err := g.files.Watch(ctx)
+	objects, err := g.backing.Watch(ctx)
 	if err != nil {
 		return err
 	}
@@ -256,7 +272,7 @@ func (g *Gateway) loop(ctx context.Context) error {
 			continue
 		case <-g.ipsec.Events():
 			g.observe(ctx)
-		case <-files:
+		case <-objects:
 		case <-links:
 		case <-g.names.changed:
 		case <-resync.C:
@@ -273,34 +289,37 @@ func (g *Gateway) loop(ctx context.Context) error {
 
 // reconcile brings the host to what the objects say now.
 func (g *Gateway) reconcile(ctx context.Context) {
-	gw := g.gather()
-	state := netstate.State{}
+	gw, known := g.gather()
+	if !known {
+		g.nextChange = time.Now().Add(retryEvery)
+		return
+	}
+	state, result := netstate.State{}, plan.Result{}
 	if gw != nil {
-		result, err := g.plan(ctx, gw)
+		var err error
+		result, err = g.plan(ctx, gw)
 		if g.check("plan", err); err != nil {
+			g.nextChange = time.Now().Add(retryEvery)
 			return
 		}
-		state, g.nextChange = result.State, result.NextChange
-		g.apply(ctx, state)
-		g.save()
-		g.publish(gw, result)
-		return
+		state = result.State
 	}
-	g.nextChange = time.Time{}
+	g.nextChange = result.NextChange
 	g.apply(ctx, state)
-	g.save()
-	g.publish(nil, plan.Result{})
+	g.check("state", g.backing.Save())
+	if g.failed["sysctls"] != "" || g.opts.IPsecDir != "" && g.failed["ipsec"] != "" {
+		// In a pod others set the one, and start the other.
+		g.nextChange = earliest(g.nextChange, time.Now().Add(retryEvery))
+	}
+	g.publish(gw, result)
 }
 
-// save keeps what the objects meant when they were applied. It comes after that and before
-// anybody is told: what is not on disk yet is worked out the same way after a crash.
-func (g *Gateway) save() {
-	if !g.unsaved {
-		return
+// earliest is the first of two times, of which the zero one is never.
+func earliest(a, b time.Time) time.Time {
+	if a.IsZero() || b.Before(a) {
+		return b
 	}
-	err := g.store.SaveObjects(g.known)
-	g.check("state", err)
-	g.unsaved = err != nil
+	return a
 }
 
 // apply runs all steps, also after one failed: what can be in effect is.

@@ -8,27 +8,28 @@ import (
 	"time"
 
 	"github.com/culvert-vpn/culvert/internal/model"
-	"github.com/culvert-vpn/culvert/internal/netstate"
 	"github.com/culvert-vpn/culvert/internal/plan"
+	"github.com/culvert-vpn/culvert/internal/source"
 )
 
-// gather reads the objects and returns the gateway's model; nil when there is none.
-func (g *Gateway) gather() *model.Gateway {
-	objects, problems, err := g.files.Read()
-	if g.check("manifests", err); err != nil {
-		return g.model // the directory is unreadable: what was in effect stays
+// gather reads the objects and returns the gateway's model; nil when there is none. It is
+// not known before the objects have been read once.
+func (g *Gateway) gather() (gw *model.Gateway, known bool) {
+	objects, problems, err := g.backing.Read()
+	if g.check(g.backing.Name(), err); err != nil {
+		// What was in effect stays.
+		return g.model, !errors.Is(err, source.ErrNotSynced)
 	}
-	if stamp(objects, &g.known, time.Now()) {
-		g.unsaved = true
-	}
-	m, refused, kept := g.good.Parse(objects, model.ParseOptions{})
-	stale := g.files.Stale()
+	m, refused, kept := g.good.Parse(objects, g.backing.ParseOptions(objects))
+	stale := g.backing.Stale()
 	for _, refs := range stale {
 		for _, ref := range refs {
 			kept[ref] = true
 		}
 	}
-	g.problems = problemReports(append(problems, refused...), kept, stale)
+	g.account.problems, g.account.kept = g.backing.Review(append(problems, refused...)), kept
+	g.problems = problemReports(g.account.problems, kept, stale)
+	g.facts.Nodes = m.Nodes
 	next, err := Choose(m.Gateways, g.opts.Name)
 	if err != nil {
 		g.problems = append(g.problems, ProblemReport{Object: "VPNGateway", Reason: "NotChosen", Message: err.Error()})
@@ -38,7 +39,7 @@ func (g *Gateway) gather() *model.Gateway {
 		next, _ = Choose(m.Gateways, g.model.ID.String())
 	}
 	g.model = next
-	return g.model
+	return g.model, true
 }
 
 // Choose picks the one gateway that is meant by name ("name" or "namespace/name"; empty:
@@ -63,24 +64,16 @@ func Choose(gateways []*model.Gateway, name string) (*model.Gateway, error) {
 
 // plan completes the facts, keeps what must be kept, and plans.
 func (g *Gateway) plan(ctx context.Context, gw *model.Gateway) (plan.Result, error) {
-	addresses, changed, problems := plan.Addresses(gw, g.known.Addresses)
+	if err := g.identify(ctx, gw); err != nil {
+		return plan.Result{}, err
+	}
+	problems, err := g.backing.Devices(gw, &g.facts)
 	for _, p := range problems {
 		g.problems = append(g.problems, problemReport(p))
 	}
-	if changed {
-		g.known.Addresses = plan.AddressBook(addresses)
-		g.unsaved = true
-	}
-	g.facts.Addresses = addresses
-	g.facts.DeviceKeys = map[model.ID]netstate.Key{}
-	for _, d := range gw.Devices {
-		if d.PublicKey.IsZero() {
-			_, pub, err := g.store.DeviceKey(d.ID)
-			if err != nil {
-				return plan.Result{}, err
-			}
-			g.facts.DeviceKeys[d.ID] = pub
-		}
+	g.account.problems = append(g.account.problems, problems...)
+	if err != nil {
+		return plan.Result{}, err
 	}
 	g.facts.Now = time.Now()
 	g.facts.UnderlayMTU = g.underlayMTU(ctx, gw)
@@ -116,7 +109,7 @@ func (g *Gateway) underlayMTU(ctx context.Context, gw *model.Gateway) int {
 // essential are the steps without which the gateway does not do its work. The others
 // (ipsec, relay, what is observed) may fail for one site or one service: that is told in
 // the report and in culvert_apply_failed, and is no reason to take all others away.
-var essential = []string{"manifests", "plan", "firewall", "sysctls", "wireguard", "routes", "services"}
+var essential = []string{"manifests", "objects", "plan", "firewall", "sysctls", "wireguard", "routes", "services"}
 
 // notReady says why the gateway is not ready; nil when it is.
 func notReady(r Report) error {

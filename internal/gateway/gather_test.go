@@ -8,7 +8,6 @@ import (
 	"strings"
 	"testing"
 
-	"github.com/culvert-vpn/culvert/internal/source"
 	"github.com/culvert-vpn/culvert/internal/store"
 )
 
@@ -19,8 +18,8 @@ func gathering(t *testing.T, dir string) *Gateway {
 	if err != nil {
 		t.Fatal(err)
 	}
-	g := &Gateway{store: s, files: source.NewFiles(dir), log: slog.New(slog.DiscardHandler), failed: map[string]string{}}
-	if g.known, err = s.Objects(); err != nil {
+	g := &Gateway{store: s, log: slog.New(slog.DiscardHandler), failed: map[string]string{}}
+	if g.backing, err = newDisk(dir, s); err != nil {
 		t.Fatal(err)
 	}
 	return g
@@ -35,15 +34,15 @@ func TestSecondGatewayStopsNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if gw := g.gather(); gw != nil || len(g.problems) != 1 {
+	if gw, _ := g.gather(); gw != nil || len(g.problems) != 1 {
 		t.Errorf("without manifests: %v, %+v", gw, g.problems)
 	}
 	put("a.yaml", gatewayText)
-	if gw := g.gather(); gw == nil || gw.Name != "edge" || len(g.problems) != 0 {
+	if gw, _ := g.gather(); gw == nil || gw.Name != "edge" || len(g.problems) != 0 {
 		t.Fatalf("one gateway: %v, %+v", gw, g.problems)
 	}
 	put("b.yaml", strings.NewReplacer("edge", "another", "10.99.", "10.98.").Replace(gatewayText))
-	if gw := g.gather(); gw == nil || gw.Name != "edge" {
+	if gw, _ := g.gather(); gw == nil || gw.Name != "edge" {
 		t.Errorf("with a second gateway: %v", gw)
 	}
 	if len(g.problems) != 1 || !strings.Contains(g.problems[0].Message, "--name") {
@@ -52,7 +51,7 @@ func TestSecondGatewayStopsNothing(t *testing.T) {
 	if err := os.Remove(filepath.Join(dir, "a.yaml")); err != nil {
 		t.Fatal(err)
 	}
-	if gw := g.gather(); gw == nil || gw.Name != "another" {
+	if gw, _ := g.gather(); gw == nil || gw.Name != "another" {
 		t.Errorf("after the first is gone: %v", gw)
 	}
 }
@@ -70,13 +69,13 @@ func TestUnreadableDirectoryKeepsTheModel(t *testing.T) {
 	if err := os.Rename(dir, dir+".away"); err != nil {
 		t.Fatal(err)
 	}
-	if gw := g.gather(); gw == nil || g.Report().Errors["manifests"] == "" {
+	if gw, _ := g.gather(); gw == nil || g.Report().Errors["manifests"] == "" {
 		t.Errorf("gateway %v, errors %v", gw, g.Report().Errors)
 	}
 	if err := os.Rename(dir+".away", dir); err != nil {
 		t.Fatal(err)
 	}
-	if gw := g.gather(); gw == nil || len(g.Report().Errors) != 0 {
+	if gw, _ := g.gather(); gw == nil || len(g.Report().Errors) != 0 {
 		t.Errorf("after the return: gateway %v, errors %v", gw, g.Report().Errors)
 	}
 }

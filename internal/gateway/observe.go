@@ -78,12 +78,18 @@ func (g *Gateway) observe(ctx context.Context) {
 	g.check("observe firewall", err)
 	sites, peers := g.peerReports(seen, time.Now())
 	g.mu.Lock()
-	defer g.mu.Unlock()
 	g.report.Sites, g.report.Devices, g.report.Dropped = sites, peers, firewall.Dropped
+	g.account.report = g.report
+	g.mu.Unlock()
+	g.account.gateway, g.account.waiting = g.model, g.planned.Waiting
+	g.backing.Tell(g.account)
 }
 
 // remember keeps the endpoints of peers that shook hands, for the next start.
 func (g *Gateway) remember(peers map[netstate.Key]wireguard.Peer) {
+	if g.lastEndpoints == nil { // what was seen before is not known yet
+		return
+	}
 	for k, p := range peers {
 		if p.Endpoint.IsValid() && !p.LastHandshake.IsZero() && g.lastEndpoints[k] != p.Endpoint {
 			g.lastEndpoints[k] = p.Endpoint
@@ -100,7 +106,7 @@ func (g *Gateway) remember(peers map[netstate.Key]wireguard.Peer) {
 		return
 	}
 	g.endpointsSaved = time.Now()
-	err := g.store.SaveEndpoints(g.lastEndpoints)
+	err := g.backing.SaveEndpoints(g.lastEndpoints)
 	g.check("endpoints", err)
 	g.endpointsDirty = err != nil
 }

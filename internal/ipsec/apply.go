@@ -193,9 +193,12 @@ func (i *IPsec) ensureDaemon(ctx context.Context, datapath netstate.IPsecDatapat
 	i.mu.Lock()
 	defer i.mu.Unlock()
 	i.daemon = d
-	if d.adopted {
+	if d.adopted && d.instance == i.memory.Instance {
 		return d, nil
 	}
+	// It knows nothing of us yet, and whatever one before it left is of no use to it.
+	i.memory.Instance = d.instance
+	clear(i.loaded)
 	return d, flushXFRM(i.kernel, i.memory.clear())
 }
 

@@ -103,3 +103,6 @@ const (
 	socketName = "charon.vici"
 	logName    = "charon.log"
 )
+
+// Socket is the vici socket of the daemon that keeps its files in dir.
+func Socket(dir string) string { return filepath.Join(dir, socketName) }

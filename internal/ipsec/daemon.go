@@ -32,6 +32,7 @@ type daemon struct {
 	pid      int           // 0: external, not ours to stop
 	gone     chan struct{} // closed when the process has ended; nil: external
 	adopted  bool          // it was running before us, perhaps with connections loaded
+	instance string        // tells an external one from its successor; empty: our own
 }
 
 // dead reports whether the daemon is known to have ended.
@@ -55,7 +56,11 @@ func (o *Options) openDaemon(ctx context.Context, datapath netstate.IPsecDatapat
 		if err != nil {
 			return nil, err
 		}
-		return &daemon{conn: conn, socket: o.Socket, datapath: datapath, adopted: true}, nil
+		instance, err := instanceOf(o.Socket)
+		if err != nil {
+			return nil, errors.Join(err, conn.Close())
+		}
+		return &daemon{conn: conn, socket: o.Socket, datapath: datapath, adopted: true, instance: instance}, nil
 	}
 	conf := DaemonConfig(filepath.Base(o.Daemon), o.Dir, datapath)
 	d, err := o.adopt(ctx)
@@ -75,6 +80,16 @@ func (o *Options) openDaemon(ctx context.Context, datapath netstate.IPsecDatapat
 		return nil, err
 	}
 	return o.startDaemon(ctx, datapath)
+}
+
+// instanceOf names the daemon that made a socket: every one makes a new file. Its process
+// may well be in another container, where nobody sees it.
+func instanceOf(socket string) (string, error) {
+	var st unix.Stat_t
+	if err := unix.Stat(socket, &st); err != nil {
+		return "", fmt.Errorf("socket of the IKE daemon %s: %w", socket, err)
+	}
+	return fmt.Sprintf("%d-%d.%09d", st.Ino, st.Mtim.Sec, st.Mtim.Nsec), nil
 }
 
 // adopt returns the daemon that listens on our own socket, or nil.

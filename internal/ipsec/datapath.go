@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 
 	"github.com/culvert-vpn/culvert/internal/netstate"
 )
@@ -15,7 +16,8 @@ import (
 // (CONFIG_INET_ESP) and xfrm interfaces (CONFIG_XFRM_INTERFACE, Linux 4.19), by adding
 // and removing one of each. Without them ESP is done by the daemon (LibIPsec), and reason
 // says what is missing. The error is for what hinders the attempt itself (no
-// CAP_NET_ADMIN).
+// CAP_NET_ADMIN). Two processes may try at the same time: what the other one has just
+// added is there.
 func DetectDatapath() (datapath netstate.IPsecDatapath, reason string, err error) {
 	if err := tryESP(); err != nil {
 		if errors.Is(err, os.ErrPermission) {
@@ -39,15 +41,30 @@ func tryESP() error {
 		Aead: &netlink.XfrmStateAlgo{Name: "rfc4106(gcm(aes))", Key: make([]byte, 36), ICVLen: 128},
 	}
 	if err := netlink.XfrmStateAdd(state); err != nil {
-		return err
+		return ignoreExisting(err)
 	}
-	return netlink.XfrmStateDel(state)
+	return ignoreGone(netlink.XfrmStateDel(state))
 }
 
 func tryLink() error {
 	link := &netlink.Xfrmi{LinkAttrs: netlink.LinkAttrs{Name: "cvtprobe"}, Ifid: 0x43565400}
 	if err := netlink.LinkAdd(link); err != nil {
-		return err
+		return ignoreExisting(err)
 	}
-	return netlink.LinkDel(link)
+	return ignoreGone(netlink.LinkDel(link))
+}
+
+func ignoreExisting(err error) error {
+	if errors.Is(err, unix.EEXIST) {
+		return nil
+	}
+	return err
+}
+
+func ignoreGone(err error) error {
+	var notFound netlink.LinkNotFoundError
+	if errors.Is(err, unix.ESRCH) || errors.Is(err, unix.ENODEV) || errors.As(err, &notFound) {
+		return nil
+	}
+	return err
 }

@@ -59,6 +59,8 @@ type IPsec struct {
 	closed    bool
 }
 
+const defaultDaemon = "/usr/sbin/charon-systemd"
+
 var safePath = regexp.MustCompile(`^/[A-Za-z0-9_./+:@-]+$`)
 
 // ErrClosed is returned after Close.
@@ -69,7 +71,7 @@ var ErrClosed = errors.New("ipsec: closed")
 // it.
 func New(o Options) (*IPsec, error) {
 	if o.Daemon == "" {
-		o.Daemon = "/usr/sbin/charon-systemd"
+		o.Daemon = defaultDaemon
 	}
 	dir, err := filepath.Abs(o.Dir)
 	if err != nil {
@@ -140,10 +142,11 @@ func (i *IPsec) Set(ctx context.Context, desired *netstate.IPsec) (changed int, 
 		desired = &netstate.IPsec{}
 	}
 	errs := i.accept(desired)
-	if len(desired.Connections) == 0 && i.opts.Socket == "" {
-		changed, err = i.stopDaemon(ctx)
-	} else {
+	switch {
+	case len(desired.Connections) > 0 || i.opts.Socket != "" && len(i.memory.Connections) > 0:
 		changed, err = i.apply(ctx, desired.Datapath)
+	case i.opts.Socket == "":
+		changed, err = i.stopDaemon(ctx)
 	}
 	i.kick()
 	if changed > 0 {

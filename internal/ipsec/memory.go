@@ -16,6 +16,8 @@ const memoryName = "applied.json"
 type memory struct {
 	Key         []byte                `json:"key"` // of the digests
 	Connections map[string]remembered `json:"connections"`
+	// Instance tells an external daemon from the one that took its place; empty: our own.
+	Instance string `json:"instance,omitempty"`
 }
 
 type remembered struct {

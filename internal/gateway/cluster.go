@@ -1,0 +1,342 @@
+package gateway
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"maps"
+	"net/netip"
+	"slices"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/culvert-vpn/culvert/api/v1alpha1"
+	"github.com/culvert-vpn/culvert/internal/ipam"
+	"github.com/culvert-vpn/culvert/internal/model"
+	"github.com/culvert-vpn/culvert/internal/netstate"
+	"github.com/culvert-vpn/culvert/internal/plan"
+	"github.com/culvert-vpn/culvert/internal/source"
+	"github.com/culvert-vpn/culvert/internal/store"
+)
+
+// Cluster is the API server that a gateway pod has its objects from, and what the pod
+// knows of itself.
+type Cluster struct {
+	Client  client.WithWatch
+	Gateway model.ID
+	// Pod and Node are names; Node may be empty.
+	Pod, Node string
+	// PodIPs and HostIPs are the addresses of the two, at most one per family.
+	PodIPs, HostIPs []netip.Addr
+}
+
+// cluster is the backing of a gateway in a cluster. What is written goes through a writer
+// in the background: an API server that is away holds up nothing.
+type cluster struct {
+	opts  Cluster
+	log   *slog.Logger
+	api   *source.API
+	store *store.Kube
+	*teller
+
+	// Of the last snapshot.
+	own     *v1alpha1.VPNGateway // nil: not there
+	zone    string
+	ours    map[model.Ref]model.Decoded // Sites and Devices that name this gateway
+	devices map[model.ID]*v1alpha1.Device
+
+	uid    atomic.Value // types.UID of own, once it was there
+	cancel context.CancelFunc
+	done   sync.WaitGroup
+	save   chan map[netstate.Key]netip.AddrPort
+}
+
+// identityTimeout is how long the API server may take over the gateway's key.
+const identityTimeout = 10 * time.Second
+
+func newCluster(opts Cluster, log *slog.Logger) *cluster {
+	manager := "culvert-gateway/" + opts.Pod
+	c := &cluster{
+		opts: opts, log: log, store: store.NewKube(opts.Client, opts.Gateway, manager),
+		save: make(chan map[netstate.Key]netip.AddrPort, 1), cancel: func() {},
+	}
+	c.teller = newTeller(opts, manager, log)
+	c.api = source.NewAPI(source.APIOptions{
+		Client: opts.Client, Logger: log,
+		Secrets: func(d model.Decoded) bool { return gatewayOf(d) == opts.Gateway },
+	})
+	return c
+}
+
+// gatewayOf is the gateway that a Site or Device names; zero for others.
+func gatewayOf(d model.Decoded) model.ID {
+	var ref v1alpha1.GatewayReference
+	switch o := d.Object.(type) {
+	case *v1alpha1.Site:
+		ref = o.Spec.GatewayRef
+	case *v1alpha1.Device:
+		ref = o.Spec.GatewayRef
+	default:
+		return model.ID{}
+	}
+	if ref.Namespace == "" {
+		ref.Namespace = d.Object.GetNamespace()
+	}
+	return model.ID{Namespace: ref.Namespace, Name: ref.Name}
+}
+
+// Name implements backing.
+func (c *cluster) Name() string { return "objects" }
+
+// Watch implements backing.
+func (c *cluster) Watch(ctx context.Context) (<-chan struct{}, error) {
+	ctx, c.cancel = context.WithCancel(ctx)
+	c.done.Go(func() { c.saveEndpoints(ctx) })
+	c.done.Go(func() { c.teller.run(ctx) })
+	return c.api.Watch(ctx)
+}
+
+// Close implements backing.
+func (c *cluster) Close() error {
+	c.cancel()
+	c.done.Wait()
+	return nil
+}
+
+// Read implements backing.
+func (c *cluster) Read() (model.Objects, []model.Problem, error) {
+	objects, problems, err := c.api.Read()
+	if err != nil {
+		return objects, problems, err
+	}
+	c.own, c.zone = nil, ""
+	c.ours, c.devices = map[model.Ref]model.Decoded{}, map[model.ID]*v1alpha1.Device{}
+	for _, d := range objects.All() {
+		ref := d.Ref()
+		switch o := d.Object.(type) {
+		case *v1alpha1.VPNGateway:
+			if ref.ID == c.opts.Gateway {
+				c.own = o
+				c.uid.Store(o.UID)
+			}
+		case *v1alpha1.Site:
+			if gatewayOf(d) == c.opts.Gateway {
+				c.ours[ref] = d
+			}
+		case *v1alpha1.Device:
+			if gatewayOf(d) == c.opts.Gateway {
+				c.ours[ref] = d
+				c.devices[ref.ID] = o
+			}
+		default:
+			if ref.Kind == model.KindNode && ref.ID.Name == c.opts.Node {
+				c.zone = o.GetLabels()["topology.kubernetes.io/zone"]
+			}
+		}
+	}
+	return objects, problems, nil
+}
+
+// Stale implements backing.
+func (c *cluster) Stale() map[string][]model.Ref { return nil }
+
+// ParseOptions implements backing.
+func (c *cluster) ParseOptions(objects model.Objects) model.ParseOptions {
+	opts := model.ParseOptions{NodeName: c.opts.Node, Zone: c.zone, InEffect: model.InEffect(objects)}
+	for _, s := range c.api.APIServers() {
+		if a, err := netip.ParseAddr(s); err == nil {
+			opts.APIServers = append(opts.APIServers, a.Unmap())
+		}
+	}
+	if c.own != nil {
+		found := &c.own.Status.Cluster
+		opts.Found = model.ClusterRanges{Pods: parsed(found.PodCIDRs), Services: parsed(found.ServiceCIDRs), Nodes: parsed(found.NodeCIDRs)}
+	}
+	return opts
+}
+
+// parsed are ranges out of a status.
+func parsed(list []string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range list {
+		if p, err := netip.ParsePrefix(s); err == nil {
+			out = append(out, p.Masked())
+		}
+	}
+	return out
+}
+
+// Review implements backing: other gateways' sites and devices are left to them, and why a
+// Secret cannot be read is told.
+func (c *cluster) Review(problems []model.Problem) []model.Problem {
+	var out []model.Problem
+	for _, p := range problems {
+		ref := model.Ref{Kind: p.Kind, ID: p.Object}
+		switch p.Kind {
+		case model.KindGateway:
+			if p.Object != c.opts.Gateway {
+				continue
+			}
+		case model.KindSite, model.KindDevice:
+			d, ours := c.ours[ref]
+			if !ours {
+				continue
+			}
+			if p.Reason == model.ReasonSecretNotFound {
+				for _, s := range d.Secrets() {
+					if err := c.api.SecretError(s); err != nil {
+						p.Message = err.Error()
+					}
+				}
+			}
+		case model.KindRemoteCluster, model.KindNodeEncryption, model.KindNodeTunnel:
+			continue
+		}
+		out = append(out, p)
+	}
+	return out
+}
+
+// Identity implements backing.
+func (c *cluster) Identity(ctx context.Context, _ *model.Gateway) (id identity, err error) {
+	if c.own == nil {
+		return id, fmt.Errorf("there is no VPNGateway %s", c.opts.Gateway)
+	}
+	ctx, cancel := context.WithTimeout(ctx, identityTimeout)
+	defer cancel()
+	if id.private, id.public, err = c.store.GatewayKey(ctx, c.own.UID); err != nil {
+		return identity{}, err
+	}
+	id.endpoints, err = c.store.Endpoints(ctx)
+	return id, err
+}
+
+// Devices implements backing: the operator allocates addresses and makes keys, and tells
+// in each Device's status. What it says is checked as far as isolation depends on it: an
+// address lies in the gateway's ranges, and belongs to the Device that came first.
+func (c *cluster) Devices(gw *model.Gateway, facts *plan.Facts) ([]model.Problem, error) {
+	facts.NodeName, facts.PodIPs = c.opts.Node, c.opts.PodIPs
+	facts.Addresses = make(map[model.ID][]netip.Addr, len(gw.Devices))
+	facts.DeviceKeys = map[model.ID]netstate.Key{}
+	list := slices.Clone(gw.Devices)
+	slices.SortStableFunc(list, func(a, b *model.Device) int {
+		return c.created(a.ID).Compare(c.created(b.ID))
+	})
+	owners, keys := map[netip.Addr]model.ID{}, map[netstate.Key]model.ID{}
+	for _, d := range list { // keys of specs come first: Parse has checked them
+		if !d.PublicKey.IsZero() {
+			keys[d.PublicKey] = d.ID
+		}
+	}
+	var problems []model.Problem
+	for _, d := range list {
+		o := c.devices[d.ID]
+		if o == nil { // a kept version of a Device that is gone: it cannot be
+			continue
+		}
+		refuse := func(field, message string) {
+			problems = append(problems, model.Problem{Kind: model.KindDevice, Object: d.ID, Field: field, Reason: model.ReasonDuplicate, Message: message})
+		}
+		for _, a := range usable(gw, o.Status.Addresses) {
+			if owner, taken := owners[a]; taken {
+				refuse("status.addresses", fmt.Sprintf("%s is that of Device %s already: the operator gives each address once; see whether two of them run", a, owner))
+				continue
+			}
+			owners[a] = d.ID
+			facts.Addresses[d.ID] = append(facts.Addresses[d.ID], a)
+		}
+		if !d.PublicKey.IsZero() || o.Status.PublicKey == "" {
+			continue
+		}
+		key, err := netstate.ParseKey(o.Status.PublicKey)
+		if owner, taken := keys[key]; err != nil || key.IsZero() || taken {
+			if taken {
+				refuse("status.publicKey", fmt.Sprintf("%s is the key of Device %s already: delete this Device and make it anew", key, owner))
+			}
+			continue
+		}
+		keys[key] = d.ID
+		facts.DeviceKeys[d.ID] = key
+	}
+	return problems, nil
+}
+
+func (c *cluster) created(id model.ID) time.Time {
+	if o := c.devices[id]; o != nil {
+		return o.CreationTimestamp.Time
+	}
+	return time.Time{}
+}
+
+// usable are the addresses that a device of the gateway may have.
+func usable(gw *model.Gateway, list []string) []netip.Addr {
+	var out []netip.Addr
+	for _, s := range list {
+		a, err := netip.ParseAddr(s)
+		if err != nil {
+			continue
+		}
+		i := slices.IndexFunc(gw.DeviceRanges, func(r netip.Prefix) bool { return r.Contains(a) })
+		if i >= 0 && ipam.Reserved(gw.DeviceRanges[i], a) == "" && !slices.ContainsFunc(out, func(b netip.Addr) bool { return a.Is4() == b.Is4() }) {
+			out = append(out, a)
+		}
+	}
+	return out
+}
+
+// Save implements backing: an API server keeps its objects itself.
+func (c *cluster) Save() error { return nil }
+
+// SaveEndpoints implements backing: in the background, the last ones win.
+func (c *cluster) SaveEndpoints(m map[netstate.Key]netip.AddrPort) error {
+	select {
+	case <-c.save: // not written yet, and outdated
+	default:
+	}
+	c.save <- maps.Clone(m)
+	return nil
+}
+
+// saveEndpoints writes until ctx ends; what could not be written is tried again.
+func (c *cluster) saveEndpoints(ctx context.Context) {
+	failed := false
+	for {
+		var m map[netstate.Key]netip.AddrPort
+		select {
+		case <-ctx.Done():
+			return
+		case m = <-c.save:
+		}
+		for ctx.Err() == nil {
+			err := c.saveOnce(ctx, m)
+			if err == nil {
+				failed = false
+				break
+			}
+			if !failed && !errors.Is(err, context.Canceled) {
+				c.log.Warn("cannot keep the peers' endpoints", "error", err)
+			}
+			failed = true
+			select {
+			case <-ctx.Done():
+			case <-time.After(saveEvery):
+			}
+			select { // newer ones
+			case m = <-c.save:
+			default:
+			}
+		}
+	}
+}
+
+func (c *cluster) saveOnce(ctx context.Context, m map[netstate.Key]netip.AddrPort) error {
+	ctx, cancel := context.WithTimeout(ctx, identityTimeout)
+	defer cancel()
+	uid, _ := c.uid.Load().(types.UID)
+	return c.store.SaveEndpoints(ctx, uid, m)
+}
