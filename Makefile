@@ -25,6 +25,10 @@ build: ## bin/culvert and, once it exists, bin/culvert-tunnel
 generate: ## deep copies and CRDs from the types in api/
 	@hack/generate.sh
 
+.PHONY: image
+image: ## the container image, without a registry: .cache/image/culvert.tar (UPDATE=1: today's Debian packages)
+	@hack/image.sh
+
 .PHONY: check
 check: check-generated check-format check-vet check-lint check-vulnerabilities test-unit ## the quick loop: generated files current, format, vet, lint, unit tests
 
