@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"path"
 	"slices"
 	"strings"
 	"time"
@@ -101,5 +100,3 @@ func normal(h *tar.Header, name string) (*tar.Header, error) {
 	}
 	return n, nil
 }
-
-func dirOf(name string) string { return path.Dir(name) }
