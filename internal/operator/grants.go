@@ -44,7 +44,7 @@ func (r *round) grants(ctx context.Context) error {
 			add(model.Ref{Kind: model.KindDevice, ID: d.ID})
 		}
 		for _, ns := range slices.Sorted(maps.Keys(byNamespace)) {
-			sets = append(sets, workload.Grant(id, ns, byNamespace[ns]))
+			sets = append(sets, r.Workload.Grant(id, ns, byNamespace[ns]))
 		}
 	}
 	if r.ServiceAccount.Name != "" {
@@ -70,7 +70,7 @@ func (r *round) ownGrants() [][]workload.Object {
 	}
 	var sets [][]workload.Object
 	for _, ns := range slices.Sorted(maps.Keys(namespaces)) {
-		sets = append(sets, workload.OperatorGrant(r.ServiceAccount, ns, configurations[ns], presharedKeys[ns]))
+		sets = append(sets, r.Workload.OperatorGrant(r.ServiceAccount, ns, configurations[ns], presharedKeys[ns]))
 	}
 	return sets
 }
@@ -114,7 +114,7 @@ func (r *round) workloads(ctx context.Context) error {
 	var failed []error
 	for _, id := range sortedIDs(r.gateways) {
 		g := r.gateways[id]
-		objects, err := workload.Gateway(g.Gateway, g.uid, r.Workload)
+		objects, err := workload.Gateway(g.Gateway, r.Workload)
 		if err != nil {
 			failed = append(failed, err)
 			r.keepAll(id)
@@ -168,9 +168,6 @@ func (r *round) prune(ctx context.Context) error {
 			if sameGateway(labels, workload.Labels(id, "")) {
 				return false
 			}
-		}
-		if len(d.meta.OwnerReferences) > 0 {
-			return true // its gateway is refused, or gone: then the garbage collector does it
 		}
 		if live == nil {
 			live = &v1alpha1.VPNGatewayList{}

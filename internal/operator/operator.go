@@ -10,9 +10,13 @@ package operator
 import (
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"time"
 
+	rbacv1 "k8s.io/api/rbac/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -127,6 +131,9 @@ func (o *Operator) Round(ctx context.Context) error {
 	if err != nil {
 		return err // with half of the picture, nothing is decided
 	}
+	if err := o.findOwner(ctx); err != nil {
+		return err
+	}
 	r := &round{Operator: o, seen: seen, desired: map[objectKey]bool{}}
 	if r.found, err = o.ranges(ctx, seen); err != nil {
 		return err
@@ -151,6 +158,27 @@ func (o *Operator) Round(ctx context.Context) error {
 		}
 	}
 	return errors.Join(errs...)
+}
+
+// findOwner looks for what everything that runs belongs to: the ClusterRole of gateways,
+// which comes and goes with the installation.
+func (o *Operator) findOwner(ctx context.Context) error {
+	if o.Workload.ClusterRole == "" {
+		return nil
+	}
+	var role rbacv1.ClusterRole
+	err := o.Live.Get(ctx, types.NamespacedName{Name: o.Workload.ClusterRole}, &role)
+	switch {
+	case apierrors.IsNotFound(err):
+		o.Workload.Owner = nil
+	case err != nil:
+		return fmt.Errorf("look for ClusterRole %s: %w", o.Workload.ClusterRole, err)
+	default:
+		o.Workload.Owner = &metav1.OwnerReference{
+			APIVersion: rbacv1.SchemeGroupVersion.String(), Kind: "ClusterRole", Name: role.Name, UID: role.UID,
+		}
+	}
+	return nil
 }
 
 // parse decides what is in effect.

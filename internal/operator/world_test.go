@@ -298,4 +298,3 @@ func (w *world) collectGarbage() {
 		}
 	}
 }
-

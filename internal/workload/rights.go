@@ -45,14 +45,15 @@ func roleBinding(meta metav1.ObjectMeta, s rbacv1.Subject) *rbacv1.RoleBinding {
 	}
 }
 
-// clusterRights let the pods see the objects of the whole cluster and report on them. A
-// cluster-wide object cannot be owned by one of a namespace: the operator deletes it.
-func clusterRights(gw *model.Gateway, clusterRole string) *rbacv1.ClusterRoleBinding {
+// clusterRights let the pods see the objects of the whole cluster and report on them.
+func clusterRights(gw *model.Gateway, o Options) *rbacv1.ClusterRoleBinding {
 	return &rbacv1.ClusterRoleBinding{
-		TypeMeta:   typeMeta(rbacVersion, "ClusterRoleBinding"),
-		ObjectMeta: metav1.ObjectMeta{Name: global("culvert-gateway-", gw.ID), Labels: Labels(gw.ID, ComponentGateway)},
-		RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: clusterRole},
-		Subjects:   []rbacv1.Subject{subject(gw.ID)},
+		TypeMeta: typeMeta(rbacVersion, "ClusterRoleBinding"),
+		ObjectMeta: metav1.ObjectMeta{
+			Name: global("culvert-gateway-", gw.ID), Labels: Labels(gw.ID, ComponentGateway), OwnerReferences: o.owners(),
+		},
+		RoleRef:  rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: o.ClusterRole},
+		Subjects: []rbacv1.Subject{subject(gw.ID)},
 	}
 }
 
@@ -62,18 +63,18 @@ func subject(id model.ID) rbacv1.Subject {
 
 // Grant lets a gateway's pods read the named Secrets of one namespace, and no others. No
 // names: no objects.
-func Grant(gateway model.ID, namespace string, secrets []string) []Object {
+func (o Options) Grant(gateway model.ID, namespace string, secrets []string) []Object {
 	if len(secrets) == 0 {
 		return nil
 	}
-	meta := metav1.ObjectMeta{Name: global("culvert-secrets-", gateway), Namespace: namespace, Labels: Labels(gateway, ComponentGrant)}
+	meta := metav1.ObjectMeta{Name: global("culvert-secrets-", gateway), Namespace: namespace, Labels: Labels(gateway, ComponentGrant), OwnerReferences: o.owners()}
 	return grant(meta, subject(gateway), secretRule(secrets, "get"))
 }
 
 // OperatorGrant lets the operator's service account keep the Secrets with devices'
 // configurations of one namespace, and read the pre-shared keys that go into them. No names:
 // no objects.
-func OperatorGrant(operator model.ID, namespace string, configurations, presharedKeys []string) []Object {
+func (o Options) OperatorGrant(operator model.ID, namespace string, configurations, presharedKeys []string) []Object {
 	var rules []rbacv1.PolicyRule
 	if len(configurations) > 0 {
 		rules = append(rules, secretRule(configurations, "get", "create", "patch", "delete"))
@@ -85,7 +86,7 @@ func OperatorGrant(operator model.ID, namespace string, configurations, preshare
 		return nil
 	}
 	labels := map[string]string{LabelName: Name, LabelComponent: ComponentGrant, LabelManagedBy: Operator}
-	meta := metav1.ObjectMeta{Name: "culvert-operator-devices", Namespace: namespace, Labels: labels}
+	meta := metav1.ObjectMeta{Name: "culvert-operator-devices", Namespace: namespace, Labels: labels, OwnerReferences: o.owners()}
 	s := rbacv1.Subject{Kind: rbacv1.ServiceAccountKind, Namespace: operator.Namespace, Name: operator.Name}
 	return grant(meta, s, rules...)
 }

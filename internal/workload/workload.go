@@ -29,9 +29,20 @@ type Options struct {
 	// ClusterRole is what a gateway may read and report in the whole cluster; empty: none is
 	// bound.
 	ClusterRole string
+	// Owner is what everything that runs belongs to, rights included: with it, it goes. What
+	// is to last (keys, addresses) belongs to the VPNGateway or the Device. Nil: nobody; then
+	// only the operator deletes.
+	Owner *metav1.OwnerReference
 	// Pod is laid over every gateway's pod template as "kubectl patch" does (strategic
 	// merge; containers "culvert" and "ipsec"). Nil: nothing.
 	Pod []byte
+}
+
+func (o Options) owners() []metav1.OwnerReference {
+	if o.Owner == nil {
+		return nil
+	}
+	return []metav1.OwnerReference{*o.Owner}
 }
 
 // ownedBy makes the garbage collector delete an object with its owner, which is of the
@@ -48,11 +59,10 @@ func typeMeta(apiVersion, kind string) metav1.TypeMeta {
 
 // Gateway is what a gateway consists of in its own namespace, in the order in which it is
 // to be made, and its right to read and report in the whole cluster.
-func Gateway(gw *model.Gateway, uid types.UID, o Options) ([]Object, error) {
+func Gateway(gw *model.Gateway, o Options) ([]Object, error) {
 	meta := metav1.ObjectMeta{
 		Name: GatewayName(gw.Name), Namespace: gw.Namespace,
-		Labels:          Labels(gw.ID, ComponentGateway),
-		OwnerReferences: ownedBy(model.KindGateway, gw.Name, uid),
+		Labels: Labels(gw.ID, ComponentGateway), OwnerReferences: o.owners(),
 	}
 	set, err := statefulSet(gw, meta, o)
 	if err != nil {
@@ -61,7 +71,7 @@ func Gateway(gw *model.Gateway, uid types.UID, o Options) ([]Object, error) {
 	out := []Object{serviceAccount(meta)}
 	out = append(out, ownRights(gw, meta)...)
 	if o.ClusterRole != "" {
-		out = append(out, clusterRights(gw, o.ClusterRole))
+		out = append(out, clusterRights(gw, o))
 	}
 	if s := service(gw, meta); s != nil {
 		out = append(out, s)
