@@ -10,6 +10,8 @@ tag=${TAG:-culvert.dev/culvert:dev}
 out=.cache/image
 suite=bookworm
 mkdir -p "$out"
+exec 9>"$out/lock"
+flock 9 # one at a time
 
 # Parts of Debian that nothing at run time uses.
 purged=(perl perl-base perl-modules-5.36 libperl5.36 libgdbm6 libgdbm-compat4 debconf libdebconfclient0
@@ -32,8 +34,8 @@ debian() {
 	go run ./hack/image layer --root "$raw/root.tar" --out "$1"
 }
 
-# The layer depends on the list, on this script and on what the packer leaves out.
-key=$({ cat images/packages hack/image.sh hack/image/debian.go; go env GOARCH; } | sha256sum | cut -c1-16)
+# The layer depends on the list, on how it is made and on what the packer leaves out.
+key=$({ cat images/packages hack/image/debian.go; declare -f debian; echo "${purged[@]}" $suite; go env GOARCH; } | sha256sum | cut -c1-16)
 layer=$out/debian-$key.tar
 if [[ ! -e $layer || -n "${UPDATE:-}" ]]; then
 	debian "$layer"
