@@ -14,6 +14,10 @@ packages=(
 	libcharon-extra-plugins libstrongswan-standard-plugins libstrongswan-extra-plugins
 	# the virtual machine of test/kernel
 	qemu-system-x86 seabios busybox-static cpio
+	# nodes of test/cluster
+	containerd runc containernetworking-plugins
+	# the image
+	mmdebstrap
 )
 
 if ! command -v dpkg-query apt-get >/dev/null; then

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one layer of tests: test.sh unit|netlab|kernel. Each package runs in exactly one.
+# Runs one layer of tests: test.sh unit|netlab|kernel|cluster. Each package runs in exactly one.
 # ARGS="-run TestX -count=1" is passed on to go test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -8,14 +8,14 @@ cd "$(dirname "$0")/.."
 # they measure, and mind the neighbours.
 namespaces() {
 	go list -f '{{if or (eq .ImportPath "'"$module"'/test/netlab")}}{{.ImportPath}}{{else}}{{range .TestImports}}{{if eq . "'"$lab"'"}}{{$.ImportPath}}{{"\n"}}{{end}}{{end}}{{range .XTestImports}}{{if eq . "'"$lab"'"}}{{$.ImportPath}}{{"\n"}}{{end}}{{end}}{{end}}' ./... |
-		grep . | grep -v "^$module/test/kernel" | sort -u
+		grep . | grep -v -E "^$module/test/(kernel|cluster)" | sort -u
 }
 
 module=$(go list -m)
 lab=$module/internal/lab/labtest
 case "$1" in
 unit)
-	packages=$(comm -23 <(go list ./... | grep -v "^$module/test/kernel" | sort) <(namespaces))
+	packages=$(comm -23 <(go list ./... | grep -v -E "^$module/test/(kernel|cluster)" | sort) <(namespaces))
 	hack/layer.sh "unit and golden tests: $(wc -w <<<"$packages") packages"
 	flags=(-timeout 5m)
 	;;
@@ -32,8 +32,14 @@ kernel)
 	hack/layer.sh "tests on Debian's stock kernel in a virtual machine"
 	flags=(-timeout 25m)
 	;;
+cluster)
+	packages=./test/cluster/...
+	hack/layer.sh "tests in a real Kubernetes cluster of two nodes"
+	hack/kubernetes.sh >/dev/null
+	flags=(-timeout 25m -p 1)
+	;;
 *)
-	echo "usage: $0 unit|netlab|kernel" >&2
+	echo "usage: $0 unit|netlab|kernel|cluster" >&2
 	exit 2
 	;;
 esac

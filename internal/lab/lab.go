@@ -121,6 +121,9 @@ func processes(name string) []int {
 	return pids
 }
 
+// Remove ends all processes in the namespace and deletes it.
+func (h *Host) Remove() error { return removeNamespace(h.Namespace) }
+
 // Close ends all processes in the lab's namespaces and deletes them.
 func (l *Lab) Close() error {
 	l.mu.Lock()

@@ -1,0 +1,118 @@
+package cluster
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/culvert-vpn/culvert/internal/lab"
+)
+
+// Remove removes all of a cluster: its processes, mounts, namespaces, control groups and
+// files, whoever started it and however far that came. A cluster that is not there is no
+// error.
+func Remove(name string) error {
+	if !validName.MatchString(name) {
+		return fmt.Errorf("cluster name %q: want up to ten of a-z and 0-9, a letter first", name)
+	}
+	killForwarder(name)
+	// A node's first process is in the node's network namespace; with it go all processes
+	// of the node, and with them its mounts.
+	if err := lab.Remove(prefix(name)); err != nil {
+		return err
+	}
+	if err := removeGroups(name); err != nil {
+		return err
+	}
+	if err := unmount(directory(name)); err != nil {
+		return err
+	}
+	return os.RemoveAll(directory(name))
+}
+
+// killForwarder ends the one process that is in none of the cluster's namespaces.
+func killForwarder(name string) {
+	r, err := load(name)
+	if err != nil {
+		return
+	}
+	pid := r.Pids[forwarder]
+	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
+	if pid > 0 && err == nil && strings.Contains(string(line), "/run/netns/"+prefix(name)+"-") {
+		_ = syscall.Kill(-pid, syscall.SIGKILL)
+	}
+}
+
+// removeGroups removes the cluster's control groups, and kills what is still in them.
+func removeGroups(name string) error {
+	var errs []error
+	for _, pattern := range []string{"/sys/fs/cgroup/*/", "/sys/fs/cgroup/"} {
+		roots, _ := filepath.Glob(pattern + prefix(name))
+		for _, root := range roots {
+			errs = append(errs, removeGroup(root))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func removeGroup(root string) error {
+	var err error
+	for range 100 {
+		var dirs []string
+		_ = filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
+			if err == nil && d.IsDir() {
+				dirs = append(dirs, path)
+			}
+			return nil // what vanished meanwhile is as good as removed
+		})
+		err = nil
+		for _, dir := range slices.Backward(dirs) {
+			killGroup(dir)
+			if e := syscall.Rmdir(dir); e != nil && !errors.Is(e, fs.ErrNotExist) {
+				err = fmt.Errorf("remove control group %s: %w", dir, e)
+			}
+		}
+		if err == nil {
+			return nil
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+	return err
+}
+
+func killGroup(dir string) {
+	b, _ := os.ReadFile(filepath.Join(dir, "cgroup.procs"))
+	for _, line := range strings.Fields(string(b)) {
+		if pid, err := strconv.Atoi(line); err == nil && pid > 1 {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+	}
+}
+
+// unmount detaches what is mounted below a directory, so that removing it removes
+// nothing else. The nodes' mounts are in namespaces of their own; there should be none.
+func unmount(dir string) error {
+	b, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	var points []string
+	for line := range strings.Lines(string(b)) {
+		if f := strings.Fields(line); len(f) > 4 && strings.HasPrefix(f[4], dir+"/") {
+			points = append(points, f[4])
+		}
+	}
+	for _, p := range slices.Backward(points) {
+		if err := syscall.Unmount(p, syscall.MNT_DETACH); err != nil {
+			return fmt.Errorf("unmount %s: %w", p, err)
+		}
+	}
+	return nil
+}

@@ -1,0 +1,214 @@
+// Package cluster_test runs Culvert in a real Kubernetes cluster (internal/lab/cluster)
+// and sends packets through it.
+//
+// With CULVERT_CLUSTER=NAME in the environment the tests use a cluster that "make
+// cluster-up" left, instead of starting one.
+package cluster_test
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/culvert-vpn/culvert/internal/lab/cluster"
+	"github.com/culvert-vpn/culvert/internal/lab/cluster/clustertest"
+	"github.com/culvert-vpn/culvert/internal/lab/labtest"
+)
+
+// TestCluster holds the cluster itself to what every other test takes for granted.
+func TestCluster(t *testing.T) {
+	c := clustertest.Start(t, cluster.Options{})
+	c.Namespace("ground")
+	var pods strings.Builder
+	for _, n := range c.Nodes {
+		pods.WriteString(serverPod("ground", n.Name))
+	}
+	pods.WriteString(groundService)
+	c.Apply(pods.String())
+	c.Wait("ground", "-l", "app=ground")
+
+	t.Run("nodes", func(t *testing.T) { testNodes(t, c) })
+	t.Run("pods reach pods", func(t *testing.T) { testPods(t, c) })
+	t.Run("services and names", func(t *testing.T) { testServices(t, c) })
+	t.Run("logs", func(t *testing.T) {
+		out := c.Kubectl("-n", "ground", "logs", "on-node1")
+		if !strings.Contains(out, "msg=http client=") && !strings.Contains(out, "INFO http client=") {
+			t.Errorf("the server's log has no call in it:\n%s", out)
+		}
+	})
+	t.Run("outside", func(t *testing.T) { testOutside(t, c) })
+	t.Run("anti-spoofing", func(t *testing.T) { testSpoofing(t, c) })
+}
+
+// serverPod is a pod with the test server on a node.
+func serverPod(namespace, node string) string {
+	return fmt.Sprintf(`---
+apiVersion: v1
+kind: Pod
+metadata: {name: on-%[2]s, namespace: %[1]s, labels: {app: %[1]s, node: %[2]s}}
+spec:
+  nodeName: %[2]s
+  terminationGracePeriodSeconds: 1
+  containers:
+  - name: server
+    image: %[3]s
+    imagePullPolicy: Never
+    env: [{name: NODE_NAME, valueFrom: {fieldRef: {fieldPath: spec.nodeName}}}]
+    readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}
+`, namespace, node, cluster.TestImage)
+}
+
+const groundService = `---
+apiVersion: v1
+kind: Service
+metadata: {name: web, namespace: ground}
+spec:
+  type: NodePort
+  selector: {app: ground}
+  ipFamilyPolicy: RequireDualStack
+  ports: [{port: 80, targetPort: 8080, nodePort: 30080}]
+`
+
+// podIPs returns the addresses of a pod, IPv4 first.
+func podIPs(c *clustertest.Cluster, namespace, pod string) []netip.Addr {
+	var ips []netip.Addr
+	for _, f := range strings.Fields(c.Kubectl("-n", namespace, "get", "pod", pod, "-o", "jsonpath={.status.podIPs[*].ip}")) {
+		ips = append(ips, netip.MustParseAddr(f))
+	}
+	return ips
+}
+
+func testNodes(t *testing.T, c *clustertest.Cluster) {
+	out := c.Kubectl("get", "nodes", "-o", `jsonpath={range .items[*]}{.metadata.name} {.status.nodeInfo.kubeletVersion} {.status.addresses[?(@.type=="InternalIP")].address}{"\n"}{end}`)
+	for _, n := range c.Nodes {
+		want := fmt.Sprintf("%s v1.34.4 %s %s\n", n.Name, n.IPs()[0], n.IPs()[1])
+		if !strings.Contains(out, want) {
+			t.Errorf("no node %q in:\n%s", want, out)
+		}
+		for i, ip := range podIPs(c, "ground", "on-"+n.Name) {
+			if !n.PodCIDRs()[i].Contains(ip) {
+				t.Errorf("a pod of %s has the address %s, not of %s", n.Name, ip, n.PodCIDRs()[i])
+			}
+		}
+	}
+}
+
+// fetch gets a URL from within a pod and checks what the server says of the caller.
+func fetch(t *testing.T, c *clustertest.Cluster, pod, url, want string) {
+	t.Helper()
+	labtest.Eventually(t, 20*time.Second, pod+" gets "+url, func() error {
+		out, err := c.Exec("ground", pod, "wget", "-q", "-T", "2", "-O", "-", url)
+		if err == nil && !strings.Contains(out, want) {
+			err = fmt.Errorf("answer %q does not have %q", out, want)
+		}
+		return err
+	})
+}
+
+func testPods(t *testing.T, c *clustertest.Cluster) {
+	first, last := "on-"+c.Nodes[0].Name, "on-"+c.Nodes[len(c.Nodes)-1].Name
+	for _, pair := range [][2]string{{first, last}, {last, first}} {
+		from, to := podIPs(c, "ground", pair[0]), podIPs(c, "ground", pair[1])
+		if len(from) != 2 || len(to) != 2 {
+			t.Fatalf("pods with addresses %v and %v: want one of each family", from, to)
+		}
+		for i := range to {
+			fetch(t, c, pair[0], "http://"+netip.AddrPortFrom(to[i], 8080).String()+"/", fmt.Sprintf("client=%s pod=%s", from[i], pair[1]))
+		}
+	}
+}
+
+func testServices(t *testing.T, c *clustertest.Cluster) {
+	ips := strings.Fields(c.Kubectl("-n", "ground", "get", "service", "web", "-o", "jsonpath={.spec.clusterIPs[*]}"))
+	if len(ips) != 2 {
+		t.Fatalf("service addresses %v: want one of each family", ips)
+	}
+	for _, n := range c.Nodes {
+		for _, other := range c.Nodes {
+			// Every server must come up behind the service, seen from every node.
+			for _, ip := range ips {
+				url := "http://" + netip.AddrPortFrom(netip.MustParseAddr(ip), 80).String() + "/"
+				fetch(t, c, "on-"+n.Name, url, "node="+other.Name)
+			}
+		}
+		fetch(t, c, "on-"+n.Name, "http://web.ground.svc.cluster.local/", "client=")
+	}
+	for _, server := range cluster.DNS {
+		out, err := c.Exec("ground", "on-node1", "nslookup", "web.ground.svc.cluster.local", server.String())
+		if err != nil || !strings.Contains(out, ips[0]) {
+			t.Errorf("nslookup at %s does not know %s: %v: %s", server, ips[0], err, out)
+		}
+	}
+}
+
+func testOutside(t *testing.T, c *clustertest.Cluster) {
+	h := c.OutsideHost("o1", "198.18.1.1/15", "2001:2::1:1/48")
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
+	defer cancel()
+	for i, n := range c.Nodes {
+		// In: the node's public address; the node port's masquerading hides the caller.
+		for _, ip := range n.ExternalIPs() {
+			url := "http://" + netip.AddrPortFrom(ip, 30080).String() + "/"
+			labtest.Eventually(t, 20*time.Second, url, func() error {
+				out, err := h.Output(ctx, "curl", "-s", "-m", "2", url)
+				if err == nil && !strings.Contains(out, "client=") {
+					err = fmt.Errorf("unexpected answer %q", out)
+				}
+				return err
+			})
+		}
+		// Out: pods are masqueraded as their node, and that as its public address.
+		port := 9000 + i
+		seen := h.Command(ctx, "socat", "-u", fmt.Sprintf("TCP4-LISTEN:%d,reuseaddr", port), "SYSTEM:echo $SOCAT_PEERADDR")
+		var out strings.Builder
+		seen.Stdout = &out
+		if err := h.Start(seen); err != nil {
+			t.Fatal(err)
+		}
+		labtest.Eventually(t, 10*time.Second, "a pod of "+n.Name+" calls the outside", func() error {
+			_, err := c.Exec("ground", "on-"+n.Name, "nc", "-w", "1", "198.18.1.1", fmt.Sprint(port), "-e", "true")
+			return err
+		})
+		if err := seen.Wait(); err != nil {
+			t.Fatal(err)
+		}
+		if got := strings.TrimSpace(out.String()); got != n.ExternalIPs()[0].String() {
+			t.Errorf("a pod of %s was seen outside as %q, want %s", n.Name, got, n.ExternalIPs()[0])
+		}
+	}
+	if out, err := h.Output(ctx, "ping", "-c1", "-W1", c.Nodes[0].IPs()[0].String()); err == nil {
+		t.Errorf("a node is reached from outside by its inner address:\n%s", out)
+	}
+}
+
+func testSpoofing(t *testing.T, c *clustertest.Cluster) {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	n, other := c.Nodes[0], c.Nodes[len(c.Nodes)-1]
+	before, err := c.Spoofed(ctx, n.Name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	const foreign = "203.0.113.77"
+	if err := n.IP("addr", "add", foreign+"/32", "dev", "lo"); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		if err := n.IP("addr", "del", foreign+"/32", "dev", "lo"); err != nil {
+			t.Error(err)
+		}
+	}()
+	if out, err := n.Output(ctx, "ping", "-c3", "-i0.2", "-W1", other.IPs()[0].String()); err != nil {
+		t.Errorf("with the node's own address: %v: %s", err, out)
+	}
+	if got, err := c.Spoofed(ctx, n.Name); err != nil || got != before {
+		t.Errorf("%d packets with the node's own address were dropped (%v)", got-before, err)
+	}
+	_, _ = n.Output(ctx, "ping", "-c3", "-i0.2", "-W1", "-I", foreign, other.IPs()[0].String())
+	if got, err := c.Spoofed(ctx, n.Name); err != nil || got-before != 3 {
+		t.Errorf("3 packets with a foreign source: the fabric dropped %d (%v)", got-before, err)
+	}
+}
