@@ -23,11 +23,14 @@ var floors = [][]string{
 	// The ground: values that print as redacted, used by every other.
 	{"internal/secret", "internal/floors"},
 	// 0: values, formats, the life of a process.
-	{"api", "internal/netstate", "internal/reverse/wire", "internal/process", "internal/ipam", "internal/ipsec/vici", "internal/splice"},
+	{"api", "internal/netstate", "internal/reverse/wire", "internal/process", "internal/ipam", "internal/ipsec/vici", "internal/splice", "internal/cli/usage"},
 	// 1: what objects mean.
-	{"internal/model", "internal/pki", "internal/reverse/policy"},
+	{"internal/model", "internal/pki", "internal/reverse/policy", "internal/reverse/mux", "internal/reverse/meter"},
 	// 2: what follows from them.
-	{"internal/plan", "internal/workload", "internal/kube"},
+	{
+		"internal/plan", "internal/workload", "internal/kube",
+		"internal/reverse/identity", "internal/reverse/link", "internal/reverse/dial", "internal/reverse/connect",
+	},
 	// 3: effects.
 	{
 		"internal/source", "internal/store",
@@ -44,7 +47,7 @@ var floors = [][]string{
 }
 
 // pure packages touch no clock, file, socket or kernel.
-var pure = []string{"internal/model", "internal/ipam", "internal/pki", "internal/plan"}
+var pure = []string{"internal/model", "internal/ipam", "internal/pki", "internal/plan", "internal/reverse/wire", "internal/reverse/policy"}
 
 // appliers put a part of netstate.State into effect. They know neither the objects that
 // it was planned from nor Kubernetes.

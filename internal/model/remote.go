@@ -18,7 +18,7 @@ func (p *parser) remoteCluster(e entry) {
 	o := e.Object.(*v1alpha1.RemoteCluster)
 	s := &o.Spec
 	r := p.report(e)
-	c := &RemoteCluster{ID: e.ref.ID, Generation: o.Generation, Replicas: defaultHubReplicas}
+	c := &RemoteCluster{ID: e.ref.ID, Generation: o.Generation, UID: string(o.UID), Replicas: defaultHubReplicas}
 	if len(s.Targets) == 0 {
 		r.refuse("spec.targets", ReasonInvalidSpec, "is empty: name what may be dialled in the remote cluster")
 	}

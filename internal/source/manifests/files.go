@@ -1,8 +1,8 @@
-// Package source takes snapshots of objects: from a directory of manifests, and later
-// from an API server.
+// Package manifests takes snapshots of objects from files.
 //
-// It decodes and nothing more: what the objects mean is internal/model's matter.
-package source
+// It decodes and nothing more: what the objects mean is internal/model's matter. It stands
+// apart from package source so that the small program links no Kubernetes client.
+package manifests
 
 import (
 	"context"
