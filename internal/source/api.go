@@ -27,6 +27,10 @@ var ErrNotSynced = errors.New("the objects are not read completely yet")
 // APIOptions say what is watched.
 type APIOptions struct {
 	Client client.WithWatch
+	// Kinds are those that are watched; nil: all.
+	Kinds []string
+	// Node limits the Nodes to one, by its name; empty: all.
+	Node string
 	// Secrets reports whether the Secrets that an object names are wanted: each is read by
 	// its name. Nil: none.
 	Secrets func(model.Decoded) bool
@@ -66,7 +70,9 @@ func NewAPI(opts APIOptions) *API {
 		{&discoveryv1.EndpointSlice{}, func() client.ObjectList { return &discoveryv1.EndpointSliceList{} }},
 		{&corev1.Node{}, func() client.ObjectList { return &corev1.NodeList{} }},
 	} {
-		a.tables = append(a.tables, newTable(k.object, k.list, a.notify))
+		if t := newTable(k.object, k.list, a.notify); opts.Kinds == nil || slices.Contains(opts.Kinds, t.kind) {
+			a.tables = append(a.tables, t)
+		}
 	}
 	a.secrets = newSecrets(opts.Client, opts.Logger, a.notify)
 	return a
@@ -140,15 +146,21 @@ func settleChanges(ctx context.Context, in <-chan struct{}, out chan<- struct{})
 func (a *API) follow(ctx context.Context, t *table) {
 	c := a.opts.Client
 	outage := &outage{log: a.opts.Logger, what: t.kind}
+	narrow := func(o metav1.ListOptions) *client.ListOptions {
+		if t.kind == model.KindNode && a.opts.Node != "" {
+			o.FieldSelector = "metadata.name=" + a.opts.Node
+		}
+		return &client.ListOptions{Raw: &o}
+	}
 	lw := &cache.ListWatch{
 		ListWithContextFunc: func(ctx context.Context, o metav1.ListOptions) (runtime.Object, error) {
 			list := t.list()
-			err := c.List(ctx, list, &client.ListOptions{Raw: &o})
+			err := c.List(ctx, list, narrow(o))
 			outage.note(ctx, err)
 			return list, err
 		},
 		WatchFuncWithContext: func(ctx context.Context, o metav1.ListOptions) (kubewatch.Interface, error) {
-			w, err := c.Watch(ctx, t.list(), &client.ListOptions{Raw: &o})
+			w, err := c.Watch(ctx, t.list(), narrow(o))
 			outage.note(ctx, err)
 			return w, err
 		},

@@ -1,0 +1,144 @@
+package agent
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"slices"
+
+	"github.com/culvert-vpn/culvert/api/v1alpha1"
+	"github.com/culvert-vpn/culvert/internal/model"
+	"github.com/culvert-vpn/culvert/internal/plan"
+)
+
+// node is what is known of the cluster, as seen from this node.
+type node struct {
+	model    *model.Model
+	problems []model.Problem
+	facts    plan.NodeFacts
+	local    []plan.GatewayPod // the gateway pods on this node
+	// linkAddresses are the further addresses that this node sends to gateway pods from;
+	// nil: there is nobody to tell.
+	linkAddresses []netip.Addr
+}
+
+// gather reads the objects and looks around on the node.
+func (a *Agent) gather(ctx context.Context) (node, error) {
+	objects, _, err := a.opts.Cluster.Read()
+	if err != nil {
+		return node{}, err
+	}
+	n := node{facts: plan.NodeFacts{Pods: map[model.ID][]plan.GatewayPod{}, Links: map[netip.Addr]string{}, OnLink: map[netip.Addr]bool{}}}
+	var found model.ClusterRanges
+	for _, d := range objects.All() {
+		gw, ok := d.Object.(*v1alpha1.VPNGateway)
+		if !ok {
+			continue
+		}
+		c := gw.Status.Cluster
+		found.Pods = append(found.Pods, parsed(c.PodCIDRs)...)
+		found.Services = append(found.Services, parsed(c.ServiceCIDRs)...)
+		found.Nodes = append(found.Nodes, parsed(c.NodeCIDRs)...)
+		n.facts.Pods[d.Ref().ID] = gatewayPods(gw.Status.Endpoints)
+	}
+	n.model, n.problems, _ = a.good.Parse(objects, model.ParseOptions{
+		SecretsElsewhere: true, InEffect: model.InEffect(objects), Found: unique(found),
+	})
+	i := slices.IndexFunc(n.model.Nodes, func(o model.Node) bool { return o.Name == a.opts.Node })
+	if i < 0 {
+		return node{}, fmt.Errorf("there is no Node %s: give the name of this node with --node", a.opts.Node)
+	}
+	n.facts.Node = n.model.Nodes[i]
+	a.look(ctx, &n)
+	return n, nil
+}
+
+func unique(r model.ClusterRanges) model.ClusterRanges {
+	for _, l := range []*[]netip.Prefix{&r.Pods, &r.Services, &r.Nodes} {
+		slices.SortFunc(*l, func(a, b netip.Prefix) int { return a.Compare(b) })
+		*l = slices.Compact(*l)
+	}
+	return r
+}
+
+func parsed(list []string) []netip.Prefix {
+	var out []netip.Prefix
+	for _, s := range list {
+		if p, err := netip.ParsePrefix(s); err == nil {
+			out = append(out, p.Masked())
+		}
+	}
+	return out
+}
+
+// gatewayPods reads what the pods of a gateway say of themselves.
+func gatewayPods(list []v1alpha1.GatewayEndpoint) []plan.GatewayPod {
+	var out []plan.GatewayPod
+	for _, e := range list {
+		out = append(out, plan.GatewayPod{Name: e.Pod, Node: e.Node, PodIPs: addresses(e.PodIPs), HostIPs: addresses(e.HostIPs), Active: e.Active})
+	}
+	return out
+}
+
+func addresses(list []v1alpha1.IP) []netip.Addr {
+	var out []netip.Addr
+	for _, s := range list {
+		if a, err := netip.ParseAddr(string(s)); err == nil {
+			out = append(out, a.Unmap().WithZone(""))
+		}
+	}
+	return out
+}
+
+// look finds out how the gateway pods are reached from here.
+func (a *Agent) look(ctx context.Context, n *node) {
+	sources := map[netip.Addr]bool{}
+	consider := func(to netip.Addr) (mtu int) {
+		u, err := a.route.Underlay(ctx, to)
+		if err != nil {
+			return 0
+		}
+		if u.Source.IsValid() && !slices.Contains(n.facts.Node.Addresses, u.Source) {
+			sources[u.Source] = true
+		}
+		return u.MTU
+	}
+	for _, gw := range n.model.Gateways {
+		for _, pod := range n.facts.Pods[gw.ID] {
+			for _, ip := range pod.PodIPs {
+				if mtu := consider(ip); mtu != 0 && (n.facts.UnderlayMTU == 0 || mtu < n.facts.UnderlayMTU) {
+					n.facts.UnderlayMTU = mtu
+				}
+			}
+			for _, ip := range pod.HostIPs {
+				u, err := a.route.Underlay(ctx, ip)
+				n.facts.OnLink[ip] = err == nil && !u.Gateway.IsValid()
+			}
+			if pod.Node == a.opts.Node {
+				n.local = append(n.local, pod)
+			}
+		}
+	}
+	if len(n.model.Gateways) == 0 {
+		return
+	}
+	// Where a gateway may come to be: its first packets must not wait for the news.
+	for _, c := range n.facts.Node.PodCIDRs {
+		consider(c.Addr().Next().Next())
+	}
+	n.linkAddresses = []netip.Addr{}
+	for s := range sources {
+		n.linkAddresses = append(n.linkAddresses, s)
+	}
+	slices.SortFunc(n.linkAddresses, netip.Addr.Compare)
+	a.pods.find(n.local)
+	for _, pod := range n.local {
+		for _, ip := range pod.PodIPs {
+			if link := a.pods.link(ip); link != "" {
+				n.facts.Links[ip] = link
+			}
+		}
+	}
+}
+
+func equalAddrs(a, b []netip.Addr) bool { return slices.Equal(a, b) }

@@ -1,0 +1,101 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net/netip"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/metadata"
+	"k8s.io/client-go/rest"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/culvert-vpn/culvert/internal/kube"
+	"github.com/culvert-vpn/culvert/internal/model"
+	"github.com/culvert-vpn/culvert/internal/source"
+)
+
+// KubernetesOptions say where an agent's API server is.
+type KubernetesOptions struct {
+	Config *rest.Config
+	Node   string
+	// Namespace and DaemonSet are what the agent is a pod of; with DaemonSet empty it is
+	// never taken for removed.
+	Namespace, DaemonSet string
+	Logger               *slog.Logger
+}
+
+// Kubernetes is the Cluster of an API server.
+type Kubernetes struct {
+	*source.API
+	opts     KubernetesOptions
+	client   client.Client
+	metadata metadata.Interface
+}
+
+var daemonSets = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "daemonsets"}
+
+// NewKubernetes prepares; nothing is asked yet.
+func NewKubernetes(opts KubernetesOptions) (*Kubernetes, error) {
+	c, err := kube.NewClient(opts.Config)
+	if err != nil {
+		return nil, err
+	}
+	m, err := metadata.NewForConfig(opts.Config)
+	if err != nil {
+		return nil, err
+	}
+	api := source.NewAPI(source.APIOptions{
+		Client: c, Node: opts.Node, Kinds: []string{model.KindGateway, model.KindSite, model.KindNode}, Logger: opts.Logger,
+	})
+	return &Kubernetes{API: api, opts: opts, client: c, metadata: m}, nil
+}
+
+// SetLinkAddresses implements Cluster.
+func (k *Kubernetes) SetLinkAddresses(ctx context.Context, node string, addrs []netip.Addr) error {
+	list := make([]string, len(addrs))
+	for i, a := range addrs {
+		list[i] = a.String()
+	}
+	var value any // null takes the annotation away
+	if len(list) > 0 {
+		value = strings.Join(list, ",")
+	}
+	patch, err := json.Marshal(map[string]any{"metadata": map[string]any{"annotations": map[string]any{model.LinkAddressesAnnotation: value}}})
+	if err != nil {
+		return err
+	}
+	o := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}
+	return k.client.Patch(ctx, o, client.RawPatch(types.MergePatchType, patch))
+}
+
+// Removed implements Cluster: the agent's DaemonSet is gone or being deleted. With it, an
+// uninstallation also takes the agent's rights and its service account away: an agent that
+// may no longer ask is being removed, too.
+func (k *Kubernetes) Removed(ctx context.Context) (bool, error) {
+	if k.opts.DaemonSet == "" {
+		return false, nil
+	}
+	for {
+		o, err := k.metadata.Resource(daemonSets).Namespace(k.opts.Namespace).Get(ctx, k.opts.DaemonSet, metav1.GetOptions{})
+		switch {
+		case err == nil:
+			return o.DeletionTimestamp != nil, nil
+		case apierrors.IsNotFound(err), apierrors.IsForbidden(err), apierrors.IsUnauthorized(err):
+			return true, nil
+		}
+		select {
+		case <-ctx.Done():
+			return false, fmt.Errorf("get DaemonSet %s/%s: %w", k.opts.Namespace, k.opts.DaemonSet, err)
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
+}
