@@ -19,16 +19,18 @@ import (
 var ErrNo = errors.New("the answer is no")
 
 // Error is a wrong command line.
-type Error struct{ error }
+type Error struct{ Err error }
+
+func (e Error) Error() string { return e.Err.Error() }
+
+// Unwrap returns the cause.
+func (e Error) Unwrap() error { return e.Err }
 
 // Wrap makes err a wrong command line.
 func Wrap(err error) error { return Error{err} }
 
 // Errorf makes an Error.
 func Errorf(format string, args ...any) error { return Error{fmt.Errorf(format, args...)} }
-
-// Unwrap returns the cause.
-func (e Error) Unwrap() error { return e.error }
 
 // Run runs one command line and returns the exit code: 0 done or "yes", 1 the answer is
 // "no" or the work failed, 2 the command line is wrong. What went wrong is written to

@@ -29,7 +29,8 @@ func clientHello(t testing.TB, config *tls.Config) []byte {
 	if _, err := io.ReadFull(server, head); err != nil {
 		t.Fatal(err)
 	}
-	record := append(head, make([]byte, binary.BigEndian.Uint16(head[3:]))...)
+	record := make([]byte, 5+int(binary.BigEndian.Uint16(head[3:])))
+	copy(record, head)
 	if _, err := io.ReadFull(server, record[5:]); err != nil {
 		t.Fatal(err)
 	}
