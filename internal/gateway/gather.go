@@ -12,10 +12,16 @@ import (
 	"github.com/culvert-vpn/culvert/internal/source"
 )
 
+// syncPatience is how long the first complete snapshot may take without a word.
+const syncPatience = 5 * time.Second
+
 // gather reads the objects and returns the gateway's model; nil when there is none. It is
 // not known before the objects have been read once.
 func (g *Gateway) gather() (gw *model.Gateway, known bool) {
 	objects, problems, err := g.backing.Read()
+	if errors.Is(err, source.ErrNotSynced) && time.Since(g.started) < syncPatience {
+		return nil, false
+	}
 	if g.check(g.backing.Name(), err); err != nil {
 		// What was in effect stays.
 		return g.model, !errors.Is(err, source.ErrNotSynced)

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -40,7 +41,7 @@ type teller struct {
 	order   []model.Ref
 	busy    map[model.Ref]bool
 	wake    chan struct{}
-	events  chan *corev1.Event
+	events  chan *eventsv1.Event
 }
 
 // told is what was said of an object.
@@ -66,7 +67,7 @@ func newTeller(opts Cluster, manager string, log *slog.Logger) *teller {
 	return &teller{
 		opts: opts, manager: manager, log: log, started: time.Now(),
 		told: map[model.Ref]*told{}, pending: map[model.Ref]patch{}, busy: map[model.Ref]bool{},
-		wake: make(chan struct{}, tellers), events: make(chan *corev1.Event, 256),
+		wake: make(chan struct{}, tellers), events: make(chan *eventsv1.Event, 256),
 	}
 }
 
@@ -358,19 +359,18 @@ func (t *teller) apply(ctx context.Context, p patch) (again bool, err error) {
 
 // event announces that a site came or went.
 func (t *teller) event(d model.Decoded, v verdict) {
-	now := metav1.Now()
-	e := &corev1.Event{
+	now := metav1.NowMicro()
+	e := &eventsv1.Event{
 		ObjectMeta: metav1.ObjectMeta{Namespace: d.Object.GetNamespace(), Name: fmt.Sprintf("%s.%x", d.Object.GetName(), now.UnixNano())},
-		InvolvedObject: corev1.ObjectReference{
+		EventTime:  now, ReportingController: "culvert.dev/gateway", ReportingInstance: t.opts.Pod,
+		Regarding: corev1.ObjectReference{
 			APIVersion: v1alpha1.GroupVersion.String(), Kind: d.Kind(),
 			Namespace: d.Object.GetNamespace(), Name: d.Object.GetName(), UID: d.Object.GetUID(),
 		},
-		Type: corev1.EventTypeNormal, Reason: "Connected", Message: "connected through " + t.opts.Pod,
-		Source: corev1.EventSource{Component: "culvert-gateway", Host: t.opts.Node}, ReportingController: "culvert.dev/gateway", ReportingInstance: t.opts.Pod,
-		FirstTimestamp: now, LastTimestamp: now, Count: 1,
+		Type: corev1.EventTypeNormal, Action: "Connect", Reason: "Connected", Note: "connected through " + t.opts.Pod,
 	}
 	if !v.ok {
-		e.Type, e.Reason, e.Message = corev1.EventTypeWarning, "Disconnected", reasonOf(v.reason)+": "+clip(v.message)
+		e.Type, e.Action, e.Reason, e.Note = corev1.EventTypeWarning, "Disconnect", "Disconnected", clip(reasonOf(v.reason)+": "+v.message)
 	}
 	select {
 	case t.events <- e:
@@ -386,7 +386,7 @@ func (t *teller) writeEvents(ctx context.Context) {
 		case e := <-t.events:
 			ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
 			if err := t.opts.Client.Create(ctx, e); err != nil && ctx.Err() == nil {
-				t.log.Warn("cannot write an event", "object", e.InvolvedObject.Name, "error", err)
+				t.log.Warn("cannot write an event", "object", e.Regarding.Name, "error", err)
 			}
 			cancel()
 		}

@@ -14,6 +14,7 @@ import (
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	eventsv1 "k8s.io/api/events/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -94,7 +95,7 @@ func orDefault(namespace string) string {
 func NewScheme() (*runtime.Scheme, error) {
 	s := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
-		corev1.AddToScheme, discoveryv1.AddToScheme, coordinationv1.AddToScheme, v1alpha1.AddToScheme,
+		corev1.AddToScheme, discoveryv1.AddToScheme, coordinationv1.AddToScheme, eventsv1.AddToScheme, v1alpha1.AddToScheme,
 	} {
 		if err := add(s); err != nil {
 			return nil, err
@@ -119,7 +120,7 @@ var kinds = []struct {
 	{corev1.SchemeGroupVersion, "Service", "services", true},
 	{corev1.SchemeGroupVersion, "Secret", "secrets", true},
 	{corev1.SchemeGroupVersion, "ConfigMap", "configmaps", true},
-	{corev1.SchemeGroupVersion, "Event", "events", true},
+	{eventsv1.SchemeGroupVersion, "Event", "events", true},
 	{corev1.SchemeGroupVersion, "Pod", "pods", true},
 	{corev1.SchemeGroupVersion, "Node", "nodes", false},
 	{corev1.SchemeGroupVersion, "Namespace", "namespaces", false},

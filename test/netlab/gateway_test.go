@@ -29,6 +29,8 @@ type gateway struct {
 
 	dir, manifests, state, log string
 	args                       []string // of the last start
+	source                     []string // arguments that say where the objects are; nil: manifests
+	env                        []string // further environment
 
 	cmd  *exec.Cmd
 	done chan struct{}
@@ -112,8 +114,13 @@ func (g *gateway) start(args ...string) {
 	}
 	defer f.Close()
 	g.args = args
+	source := g.source
+	if source == nil {
+		source = []string{"--manifests", g.manifests}
+	}
 	cmd := g.host.Command(context.Background(), program,
-		append([]string{"gateway", "--manifests", g.manifests, "--state", g.state, "--http", "127.0.0.1:9586"}, args...)...)
+		slices.Concat([]string{"gateway"}, source, []string{"--state", g.state, "--http", "127.0.0.1:9586"}, args)...)
+	cmd.Env = append(os.Environ(), g.env...)
 	cmd.Stdout, cmd.Stderr = f, f
 	if err := g.host.Start(cmd); err != nil {
 		g.t.Fatal(err)
