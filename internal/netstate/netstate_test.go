@@ -40,6 +40,9 @@ func example() State {
 		Services: Services{Mode: ServicesTranslate, Ranges: []netip.Prefix{p("10.96.0.0/12")}, Sources: []string{"cvtwg0"},
 			Ports: []ServicePort{{Name: "default/web:http", Address: netip.MustParseAddr("10.96.0.1"), Protocol: TCP, Port: 80, AffinitySeconds: 5,
 				Endpoints: []netip.AddrPort{netip.MustParseAddrPort("10.244.0.3:8080")}}}},
+		Guard: &Guard{Link: EncryptionLink, Port: 51821, Local: []string{"cni0"}, Nodes: []netip.Addr{netip.MustParseAddr("172.30.0.11")},
+			Pods: []netip.Prefix{p("10.244.0.0/16")}, Sites: []netip.Prefix{p("10.10.0.0/24")}, Strict: true,
+			Exempt: []Exemption{{Name: "API server", Protocol: TCP, Address: netip.MustParseAddr("172.30.0.11"), Port: 6443}}},
 	}
 }
 
@@ -112,6 +115,16 @@ func TestEveryChangeShows(t *testing.T) {
 		"service source": func(s *State) { s.Services.Sources = []string{"x"} },
 		"port proto":     func(s *State) { s.Services.Ports[0].Protocol = UDP },
 		"port affinity":  func(s *State) { s.Services.Ports[0].AffinitySeconds = 0 },
+		"guard link":     func(s *State) { s.Guard.Link = "x" },
+		"guard port":     func(s *State) { s.Guard.Port++ },
+		"guard local":    func(s *State) { s.Guard.Local = nil },
+		"guard nodes":    func(s *State) { s.Guard.Nodes = nil },
+		"guard pods":     func(s *State) { s.Guard.Pods = nil },
+		"guard sites":    func(s *State) { s.Guard.Sites = nil },
+		"guard scope":    func(s *State) { s.Guard.AllTraffic = true },
+		"guard strict":   func(s *State) { s.Guard.Strict = false },
+		"guard exempt":   func(s *State) { s.Guard.Exempt[0].Port++ },
+		"guard gone":     func(s *State) { s.Guard = nil },
 		"port endpoints": func(s *State) { s.Services.Ports[0].Endpoints = nil },
 	}
 	for name, change := range changes {

@@ -105,6 +105,7 @@ func (s *State) Sort() {
 	}
 	slices.SortFunc(f.Clamps, func(a, b Clamp) int { return cmp.Compare(a.Link, b.Link) })
 	f.NodeLink.sort()
+	s.Guard.sort()
 	for _, l := range [][]netip.Prefix{f.Pods, f.Services, f.Nodes, f.Unmasqueraded, s.Services.Ranges, s.Services.Pods} {
 		slices.SortFunc(l, ComparePrefixes)
 	}
@@ -167,7 +168,8 @@ func (s State) Lines() []string {
 		add("%s", r.line())
 	}
 	out = append(out, s.Firewall.lines()...)
-	return append(out, s.Services.lines()...)
+	out = append(out, s.Services.lines()...)
+	return append(out, s.Guard.lines()...)
 }
 
 func (p WireGuardPeer) line(link string) string {

@@ -66,6 +66,7 @@ type State struct {
 	Routes    []Route
 	Firewall  Firewall
 	Services  Services
+	Guard     *Guard // nil: none
 }
 
 // Sysctl is one kernel setting, as a path below /proc/sys with slashes.

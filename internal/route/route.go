@@ -35,7 +35,7 @@ const requestTimeout = 10 * time.Second
 // Options say what belongs to a Route. The zero value is right for gateways and nodes.
 type Options struct {
 	// Tables are the routing tables whose routes with our protocol number are ours. Nil:
-	// netstate.Table, netstate.ProxyTable and netstate.NodeTable.
+	// netstate.Table, ProxyTable, NodeTable, EncryptionTable and ForwardedTable.
 	Tables []int
 	// MinPriority and MaxPriority enclose the priorities of our rules. Both zero: 19600
 	// to 19699.
@@ -64,7 +64,7 @@ type Route struct {
 // they are those of the thread that calls SetSysctls.
 func New(o Options) (*Route, error) {
 	if o.Tables == nil {
-		o.Tables = []int{netstate.Table, netstate.ProxyTable, netstate.NodeTable}
+		o.Tables = []int{netstate.Table, netstate.ProxyTable, netstate.NodeTable, netstate.EncryptionTable, netstate.ForwardedTable}
 	}
 	if o.MinPriority == 0 && o.MaxPriority == 0 {
 		o.MinPriority, o.MaxPriority = netstate.RulePriorityOuter, netstate.RulePriorityOuter+99
