@@ -16,6 +16,7 @@ import (
 	"github.com/spf13/cobra"
 	"sigs.k8s.io/yaml"
 
+	"github.com/culvert-vpn/culvert/internal/cli/tunnel"
 	"github.com/culvert-vpn/culvert/internal/cli/usage"
 	"github.com/culvert-vpn/culvert/internal/process"
 )
@@ -60,7 +61,8 @@ Start with one of these:
 	root.SetOut(s.Out)
 	root.SetErr(s.Err)
 	root.SetVersionTemplate("culvert {{.Version}}\n")
-	root.AddCommand(newGateway(), newValidate(), newPlan(), newStatus(), newDevice(), newKeygen(), newDemo())
+	root.AddCommand(tunnel.Commands()...)
+	root.AddCommand(tunnel.NewJoin(), newGateway(), newOperator(), newAgent(), newValidate(), newPlan(), newStatus(), newDevice(), newKeygen(), newDemo(), newCRDs())
 	return root
 }
 

@@ -27,6 +27,7 @@ type operatorFlags struct {
 func newOperator() *cobra.Command {
 	var opts operator.Options
 	var flags operatorFlags
+	var alone bool
 	cmd := &cobra.Command{
 		Use:   "operator",
 		Short: "Run the operator: from objects in a cluster to gateways, addresses and conditions",
@@ -53,7 +54,7 @@ Secret but those of devices that it made itself, by name.`,
 			if err != nil {
 				return usage.Wrap(err)
 			}
-			opts.Logger = logger
+			opts.Logger, opts.NoLeaderElection = logger, alone
 			if err := flags.complete(&opts); err != nil {
 				return err
 			}
@@ -62,6 +63,7 @@ Secret but those of devices that it made itself, by name.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&opts.Namespace, "namespace", os.Getenv("POD_NAMESPACE"), "namespace of the leader's Lease; else $POD_NAMESPACE")
+	f.BoolVar(&alone, "alone", false, "work at once, without asking who leads: only when no other operator runs")
 	f.StringVar(&opts.Workload.Image, "image", os.Getenv("CULVERT_IMAGE"), "image of the gateways; else $CULVERT_IMAGE")
 	f.StringVar(&flags.pullPolicy, "image-pull-policy", "", "Always, IfNotPresent or Never; empty: as Kubernetes does by itself")
 	f.StringVar(&flags.gatewayPod, "gateway-pod", "", "YAML file with a pod template that is merged into the gateways' (containers culvert and ipsec)")

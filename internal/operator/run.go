@@ -24,6 +24,7 @@ import (
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/client-go/rest"
 	"k8s.io/client-go/util/workqueue"
+	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/cache"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -98,7 +99,9 @@ func NewScheme() (*runtime.Scheme, error) {
 
 // Run works until ctx ends, or until leadership is lost, which is an error.
 func Run(ctx context.Context, o Options) error {
-	ctrl.SetLogger(logr.FromSlogHandler(o.Logger.Handler()))
+	quiet := logr.FromSlogHandler(warnings{o.Logger.Handler()})
+	ctrl.SetLogger(quiet)
+	klog.SetLogger(quiet)
 	m, err := newManager(o)
 	if err != nil {
 		return err
@@ -116,9 +119,22 @@ func Run(ctx context.Context, o Options) error {
 			return errors.Join(err, g.Wait())
 		}
 	}
-	g.Go("operator", m.Start)
+	g.Go("operator", func(ctx context.Context) error {
+		o.Logger.Info("waiting to lead", "lease", o.Namespace+"/"+LeaderLease)
+		return m.Start(ctx)
+	})
 	return g.Wait()
 }
+
+// warnings keeps the libraries' chatter out of the log.
+type warnings struct{ slog.Handler }
+
+func (h warnings) Enabled(ctx context.Context, l slog.Level) bool {
+	return l >= slog.LevelWarn && h.Handler.Enabled(ctx, l)
+}
+
+func (h warnings) WithAttrs(a []slog.Attr) slog.Handler { return warnings{h.Handler.WithAttrs(a)} }
+func (h warnings) WithGroup(g string) slog.Handler      { return warnings{h.Handler.WithGroup(g)} }
 
 func newManager(o Options) (manager.Manager, error) {
 	scheme, err := NewScheme()
@@ -129,7 +145,7 @@ func newManager(o Options) (manager.Manager, error) {
 	config.QPS, config.Burst = queriesPerSecond, queryBurst
 	duration, renewal, retry := leaseDuration, leaseRenewal, leaseRetry
 	m, err := manager.New(config, manager.Options{
-		Scheme: scheme, Logger: logr.FromSlogHandler(o.Logger.Handler()),
+		Scheme: scheme, Logger: logr.FromSlogHandler(warnings{o.Logger.Handler()}),
 		Cache:                   cacheOptions(),
 		Metrics:                 server.Options{BindAddress: "0"},
 		HealthProbeBindAddress:  "0",
@@ -184,6 +200,7 @@ type loop struct {
 	operator *Operator
 	health   *roundHealth
 	log      *slog.Logger
+	said     bool // that the first round is done
 }
 
 // everything is the one thing that is reconciled.
@@ -257,6 +274,10 @@ func (l *loop) Reconcile(ctx context.Context, _ everything) (reconcile.Result, e
 		}
 		l.log.Warn("a round was not completed; it is tried again", "error", oneLine(err))
 		return reconcile.Result{}, err
+	}
+	if !l.said {
+		l.said = true
+		l.log.Info("leading; everything is as it should be", "took", time.Since(start).Round(time.Millisecond))
 	}
 	return reconcile.Result{RequeueAfter: lookAgain}, nil
 }
