@@ -44,6 +44,7 @@ func run(ctx context.Context, args []string) error {
 	flags.BoolVar(&o.AllowSpoofing, "allow-spoofing", false, "")
 	flags.BoolVar(&noCNI, "no-cni", false, "")
 	flags.BoolVar(&o.NoKubeProxy, "no-kube-proxy", false, "")
+	flags.BoolVar(&o.Keep, "keep", true, "") // false: whoever comes next may remove it when this process is gone
 	flags.BoolVar(&all, "all", false, "")
 	if err := flags.Parse(args[1:]); err != nil {
 		return err

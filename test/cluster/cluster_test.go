@@ -9,6 +9,8 @@ import (
 	"context"
 	"fmt"
 	"net/netip"
+	"regexp"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -100,7 +102,7 @@ func testNodes(t *testing.T, c *clustertest.Cluster) {
 func fetch(t *testing.T, c *clustertest.Cluster, pod, url, want string) {
 	t.Helper()
 	labtest.Eventually(t, 20*time.Second, pod+" gets "+url, func() error {
-		out, err := c.Exec("ground", pod, "wget", "-q", "-T", "2", "-O", "-", url)
+		out, err := c.Exec("ground", pod, "/server", "get", url)
 		if err == nil && !strings.Contains(out, want) {
 			err = fmt.Errorf("answer %q does not have %q", out, want)
 		}
@@ -137,9 +139,9 @@ func testServices(t *testing.T, c *clustertest.Cluster) {
 		fetch(t, c, "on-"+n.Name, "http://web.ground.svc.cluster.local/", "client=")
 	}
 	for _, server := range cluster.DNS {
-		out, err := c.Exec("ground", "on-node1", "nslookup", "web.ground.svc.cluster.local", server.String())
+		out, err := c.Exec("ground", "on-node1", "/server", "lookup", "web.ground.svc.cluster.local", server.String())
 		if err != nil || !strings.Contains(out, ips[0]) {
-			t.Errorf("nslookup at %s does not know %s: %v: %s", server, ips[0], err, out)
+			t.Errorf("lookup at %s does not know %s: %v: %s", server, ips[0], err, out)
 		}
 	}
 }
@@ -188,27 +190,68 @@ func testSpoofing(t *testing.T, c *clustertest.Cluster) {
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
 	n, other := c.Nodes[0], c.Nodes[len(c.Nodes)-1]
-	before, err := c.Spoofed(ctx, n.Name)
+	foreign := []string{"203.0.113.77", "2001:db8:77::77"}
+	count := countFrom(ctx, t, other, foreign...)
+	for i, source := range foreign {
+		if err := n.Up("lo", source); err != nil {
+			t.Fatal(err)
+		}
+		defer func() {
+			if err := n.IP("addr", "del", source, "dev", "lo"); err != nil {
+				t.Error(err)
+			}
+		}()
+		target := other.IPs()[i].String()
+		before := spoofed(ctx, t, c, n)
+		if out, err := n.Output(ctx, "ping", "-c3", "-i0.2", "-W1", target); err != nil {
+			t.Errorf("with the node's own address: %v: %s", err, out)
+		}
+		if got := spoofed(ctx, t, c, n) - before; got != 0 {
+			t.Errorf("%d packets with the node's own address were dropped", got)
+		}
+		_, _ = n.Output(ctx, "ping", "-c3", "-i0.2", "-W1", "-I", source, target)
+		if got := spoofed(ctx, t, c, n) - before; got != 3 {
+			t.Errorf("3 packets from %s: the fabric dropped %d", source, got)
+		}
+	}
+	if got := count(); got != 0 {
+		t.Errorf("%d packets with foreign sources came through the fabric", got)
+	}
+}
+
+func spoofed(ctx context.Context, t *testing.T, c *clustertest.Cluster, n *cluster.Node) uint64 {
+	t.Helper()
+	got, err := c.Spoofed(ctx, n.Name)
 	if err != nil {
 		t.Fatal(err)
 	}
-	const foreign = "203.0.113.77"
-	if err := n.IP("addr", "add", foreign+"/32", "dev", "lo"); err != nil {
-		t.Fatal(err)
+	return got
+}
+
+// countFrom counts what arrives at a node from the given addresses, an IPv4 and an IPv6
+// one, before anything could drop it.
+func countFrom(ctx context.Context, t *testing.T, n *cluster.Node, sources ...string) func() int {
+	t.Helper()
+	const table = "cvk-probe"
+	rules := fmt.Sprintf("table inet %s { chain c { type filter hook prerouting priority -500; ip saddr %s counter; ip6 saddr %s counter; }; }", table, sources[0], sources[1])
+	if out, err := n.Output(ctx, "nft", rules); err != nil {
+		t.Fatalf("%v: %s", err, out)
 	}
-	defer func() {
-		if err := n.IP("addr", "del", foreign+"/32", "dev", "lo"); err != nil {
+	t.Cleanup(func() {
+		if _, err := n.Output(context.Background(), "nft", "delete", "table", "inet", table); err != nil {
 			t.Error(err)
 		}
-	}()
-	if out, err := n.Output(ctx, "ping", "-c3", "-i0.2", "-W1", other.IPs()[0].String()); err != nil {
-		t.Errorf("with the node's own address: %v: %s", err, out)
-	}
-	if got, err := c.Spoofed(ctx, n.Name); err != nil || got != before {
-		t.Errorf("%d packets with the node's own address were dropped (%v)", got-before, err)
-	}
-	_, _ = n.Output(ctx, "ping", "-c3", "-i0.2", "-W1", "-I", foreign, other.IPs()[0].String())
-	if got, err := c.Spoofed(ctx, n.Name); err != nil || got-before != 3 {
-		t.Errorf("3 packets with a foreign source: the fabric dropped %d (%v)", got-before, err)
+	})
+	return func() int {
+		out, err := n.Output(ctx, "nft", "list", "table", "inet", table)
+		if err != nil {
+			t.Fatal(err)
+		}
+		sum := 0
+		for _, m := range regexp.MustCompile(`counter packets (\d+)`).FindAllStringSubmatch(out, -1) {
+			packets, _ := strconv.Atoi(m[1])
+			sum += packets
+		}
+		return sum
 	}
 }

@@ -23,8 +23,9 @@ import (
 const (
 	// PauseImage holds a pod's namespaces.
 	PauseImage = "culvert.dev/pause:dev"
-	// TestImage has the program /server (see package server; it is the entry point) and
-	// BusyBox's programs in /bin: sh, ping, ping6, wget, nslookup, nc, ip, sleep, ….
+	// TestImage has the program /server (see package server; it is the entry point, and a
+	// client too) and some of BusyBox's programs in /bin: sh, ping, nc, ip, …. Those that
+	// resolve names crash: they are linked statically against glibc.
 	TestImage = "culvert.dev/test:dev"
 	dnsImage  = "culvert.dev/coredns:dev"
 )
@@ -164,8 +165,8 @@ func (c *Cluster) loadOwnImages(ctx context.Context) error {
 	}
 	files := []File{{Path: "server", From: server}, {Path: "bin/busybox", From: busybox}}
 	for _, applet := range []string{
-		"sh", "cat", "dd", "env", "grep", "head", "hostname", "id", "ip", "ls", "nc", "netstat", "nslookup",
-		"ping", "ping6", "ps", "route", "sha256sum", "sleep", "tail", "traceroute", "traceroute6", "wc", "wget",
+		"sh", "cat", "dd", "env", "grep", "head", "hostname", "id", "ip", "ls", "nc", "netstat",
+		"ping", "ping6", "ps", "route", "sha256sum", "sleep", "tail", "traceroute", "traceroute6", "wc",
 	} {
 		files = append(files, File{Path: "bin/" + applet, Link: "busybox"})
 	}

@@ -1,11 +1,16 @@
 // Server is the program of the cluster's test pods: it says and logs who calls.
 //
-//	server         HTTP on TCP 8080, an echo on TCP and UDP 8081, until it is ended
-//	server pause   nothing, until it is ended
+//	server                         HTTP on TCP 8080, an echo on TCP and UDP 8081, until it is ended
+//	server pause                   nothing, until it is ended
+//	server get URL                 prints what an HTTP server answers
+//	server hash URL                prints "bytes=N sha256=HEX" of it
+//	server send URL N              posts N bytes of the pattern and prints the answer
+//	server echo tcp|udp ADDR:PORT TEXT   sends the text and prints what comes back
+//	server lookup NAME ADDRESS     prints the addresses that a DNS server knows, over UDP
 //
 // HTTP: / answers with a line "client=ADDRESS pod=NAME node=NODE" (the names from the
 // variables POD_NAME, or the host's name, and NODE_NAME); /bytes?n=N with N bytes of the
-// pattern that Pattern describes; a POST to /sink with a line "bytes=N sha256=HEX" of what
+// pattern (see type pattern); a POST to /sink with a line "bytes=N sha256=HEX" of what
 // was sent. The echo on 8081 sends back, for TCP, a line "client=ADDRESS" and then what
 // it gets; for UDP "client=ADDRESS " and the packet. Each call is logged as such a line.
 package main
@@ -28,11 +33,18 @@ import (
 func main() {
 	stop := make(chan os.Signal, 1)
 	signal.Notify(stop, syscall.SIGTERM, syscall.SIGINT)
-	if len(os.Args) < 2 || os.Args[1] != "pause" {
-		if err := serve(); err != nil {
-			fmt.Fprintln(os.Stderr, "server:", err)
-			os.Exit(1)
+	var err error
+	switch {
+	case len(os.Args) < 2:
+		err = serve()
+	case os.Args[1] != "pause":
+		if err = call(os.Args[1:]); err == nil {
+			return
 		}
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "server:", err)
+		os.Exit(1)
 	}
 	<-stop
 }
