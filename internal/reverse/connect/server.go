@@ -221,7 +221,7 @@ func (s *Server) connect(ctx context.Context, conn net.Conn, target string, rest
 		return
 	}
 	_ = conn.SetDeadline(time.Time{})
-	to, from, _ := mux.Relay(both, st)
+	to, from, _ := mux.RelayAfter(func() { awaitRead(conn) }, both, st)
 	s.Meter.Closed(to, from)
 }
 

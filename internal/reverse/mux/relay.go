@@ -20,7 +20,10 @@ type Conn interface {
 // them. When one side is cut the other one is cut as well, so that nobody takes half of
 // an answer for all of it; the error is then the reason. The counts are bytes from a to b
 // and back.
-func Relay(a, b Conn) (there, back int64, err error) {
+func Relay(a, b Conn) (there, back int64, err error) { return RelayAfter(func() {}, a, b) }
+
+// RelayAfter is Relay that sends a nothing before ready has returned.
+func RelayAfter(ready func(), a, b Conn) (there, back int64, err error) {
 	var once sync.Once
 	cut := func(cause error) {
 		once.Do(func() {
@@ -39,7 +42,7 @@ func Relay(a, b Conn) (there, back int64, err error) {
 			cut(failed)
 		}
 	}
-	wg.Go(func() { pump(a, b, &back) })
+	wg.Go(func() { ready(); pump(a, b, &back) })
 	pump(b, a, &there)
 	wg.Wait()
 	_, _ = a.Close(), b.Close()

@@ -1,0 +1,254 @@
+package reverse
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"runtime"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+	"time"
+)
+
+// hammer opens connections all the time and counts what fails from a second after the
+// fault on.
+func hammer(t *testing.T, e *egressProcess, to string, fault func()) {
+	t.Helper()
+	var since atomic.Int64 // of the fault, nanoseconds
+	var early, late, good atomic.Int64
+	ctx, cancel := context.WithCancel(t.Context())
+	var wg sync.WaitGroup
+	for range 8 {
+		wg.Go(func() {
+			for ctx.Err() == nil {
+				began := time.Now().UnixNano()
+				c, err := e.connect(to)
+				if err == nil {
+					_, err = c.Write([]byte("x"))
+					if err == nil {
+						_, err = io.ReadFull(c, make([]byte, 1))
+					}
+					_ = c.Close()
+				}
+				f := since.Load()
+				switch {
+				case err == nil:
+					good.Add(1)
+				case f != 0 && began > f+int64(time.Second):
+					late.Add(1)
+					t.Errorf("%s after the fault: %v", time.Duration(began-f), err)
+				case f == 0:
+					t.Errorf("before the fault: %v", err)
+				default:
+					early.Add(1)
+				}
+				time.Sleep(2 * time.Millisecond)
+			}
+		})
+	}
+	time.Sleep(300 * time.Millisecond)
+	since.Store(time.Now().UnixNano())
+	fault()
+	time.Sleep(4 * time.Second)
+	cancel()
+	wg.Wait()
+	t.Logf("%d good; failed in the first second: %d, after it: %d", good.Load(), early.Load(), late.Load())
+	if good.Load() < 100 {
+		t.Errorf("only %d connections", good.Load())
+	}
+}
+
+func TestHubKilled(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.startHubs(2)
+	n.startSpoke("a")
+	n.startSpoke("b")
+	e := n.startEgress()
+	hammer(t, e, serve(t, echo), n.hubs[0].kill)
+}
+
+func TestSpokeKilled(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.startHubs(2)
+	a := n.startSpoke("a")
+	n.startSpoke("b")
+	e := n.startEgress()
+	hammer(t, e, serve(t, echo), a.kill)
+}
+
+// A spoke whose network dies without a word is worked around at once, and found out within
+// 8 s.
+func TestSpokeFallsSilent(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.startHubs(2)
+	n.delay = &delay{}
+	n.startSpoke("a")
+	path := n.delay
+	n.delay = nil
+	n.startSpoke("b")
+	e := n.startEgress()
+	hammer(t, e, serve(t, echo), func() { path.frozen.Store(true) })
+	began := time.Now()
+	for {
+		if !strings.Contains(fmt.Sprint(n.hubs[0].Peers()), "{spoke a ") {
+			break
+		}
+		if time.Since(began) > 5*time.Second { // 4 s have passed already
+			t.Fatalf("the silent spoke is still taken for connected after 9 s: %v", n.hubs[0].Peers())
+		}
+		time.Sleep(50 * time.Millisecond)
+	}
+}
+
+// A hub that stops in good order breaks no stream and fails no new connection.
+func TestHubDrains(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.startHubs(2)
+	n.startSpoke("a")
+	e := n.startEgress()
+	to := serve(t, echo)
+	var open []net.Conn
+	for range 8 {
+		c, err := e.connect(to)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer c.Close()
+		open = append(open, c)
+	}
+	done := make(chan struct{})
+	hammer(t, e, to, func() {
+		go func() {
+			ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
+			defer cancel()
+			n.hubs[0].GoAway(ctx)
+			close(done)
+		}()
+	})
+	for i, c := range open {
+		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+		if _, err := c.Write([]byte("x")); err != nil {
+			t.Fatalf("stream %d: %v", i, err)
+		}
+		if _, err := io.ReadFull(c, make([]byte, 1)); err != nil {
+			t.Fatalf("stream %d: %v", i, err)
+		}
+		_ = c.Close()
+	}
+	select {
+	case <-done:
+	case <-time.After(5 * time.Second):
+		t.Error("the hub still waits though nothing is open")
+	}
+}
+
+// A dial that is under way when its only spoke dies fails within a second.
+func TestSpokeKilledInTheMiddleOfADial(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.startHubs(1)
+	s := n.startSpoke("a")
+	e := n.startEgress()
+	failed := make(chan error, 1)
+	go func() {
+		_, err := e.connect(blackhole + ":80")
+		failed <- err
+	}()
+	time.Sleep(200 * time.Millisecond)
+	s.kill()
+	select {
+	case err := <-failed:
+		if err == nil || !strings.HasPrefix(err.Error(), "502 ") && !strings.HasPrefix(err.Error(), "503 no spoke") {
+			t.Errorf("%v", err)
+		}
+	case <-time.After(time.Second):
+		t.Error("still pending after 1 s")
+	}
+}
+
+// 200 connections to a black hole: the others notice nothing, and those fail in time.
+func TestBlackHole(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.startHubs(1)
+	n.startSpoke("a")
+	e := n.startEgress()
+	to := serve(t, echo)
+	began := time.Now()
+	var wg sync.WaitGroup
+	for range 200 {
+		wg.Go(func() {
+			_, err := e.connect(blackhole + ":80")
+			if took := time.Since(began); err == nil || !strings.HasPrefix(err.Error(), "504 ") || took > 11*time.Second {
+				t.Errorf("after %s: %v", took, err)
+			}
+		})
+	}
+	time.Sleep(300 * time.Millisecond)
+	var worst time.Duration
+	for time.Since(began) < 5*time.Second {
+		b := time.Now()
+		c, err := e.connect(to)
+		if err != nil {
+			t.Fatal(err)
+		}
+		worst = max(worst, time.Since(b))
+		_ = c.Close()
+		time.Sleep(5 * time.Millisecond)
+	}
+	t.Logf("worst of the others: %s", worst)
+	if worst > 500*time.Millisecond {
+		t.Errorf("another connection took %s", worst)
+	}
+	wg.Wait()
+}
+
+// 1,000 connections opened and closed leave no descriptor and no goroutine behind.
+func TestNothingIsLeft(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.most = 2
+	n.startHubs(2)
+	n.startSpoke("a")
+	e := n.startEgress()
+	to := serve(t, echo)
+	cycle := func(count int) {
+		var wg sync.WaitGroup
+		for range 10 {
+			wg.Go(func() {
+				for range count / 10 {
+					c, err := e.connect(to)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					_, _ = c.Write([]byte("x"))
+					_, _ = io.ReadFull(c, make([]byte, 1))
+					_ = c.Close()
+				}
+			})
+		}
+		wg.Wait()
+	}
+	cycle(100)
+	fds, goroutines := settled(t)
+	cycle(1000)
+	n.eventually("everything is given back", func() error {
+		f, g := settled(t)
+		if f > fds+fds/20+2 || g > goroutines+goroutines/20+2 {
+			return fmt.Errorf("descriptors %d, before %d; goroutines %d, before %d", f, fds, g, goroutines)
+		}
+		return nil
+	})
+}
+
+func settled(t *testing.T) (fds, goroutines int) {
+	t.Helper()
+	time.Sleep(300 * time.Millisecond)
+	entries, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(entries), runtime.NumGoroutine()
+}

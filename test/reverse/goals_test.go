@@ -1,0 +1,293 @@
+package reverse
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"fmt"
+	"io"
+	"net"
+	"runtime"
+	"slices"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/culvert-vpn/culvert/internal/pki"
+	"github.com/culvert-vpn/culvert/internal/reverse/mux"
+)
+
+// The goals of the reversed tunnel. What depends on the machine's speed is judged by
+// ratios in the same run, and guarded here with room for a busy machine; the figures are
+// printed.
+
+func percentile(d []time.Duration, p int) time.Duration {
+	s := slices.Sorted(slices.Values(d))
+	return s[min(len(s)-1, len(s)*p/100)]
+}
+
+// A new connection costs one round trip between hub and spoke and the target's dial.
+func TestConnectLatency(t *testing.T) {
+	for _, rtt := range []time.Duration{0, 40 * time.Millisecond} {
+		t.Run(rtt.String(), func(t *testing.T) {
+			n := newTenant(t, "u1")
+			n.startHubs(1)
+			n.delay = &delay{half: rtt / 2}
+			n.startSpoke("a")
+			e := n.startEgress()
+			to := serve(t, echo)
+			var took, dials, all []time.Duration
+			for range 100 {
+				began := time.Now()
+				c, err := net.Dial("tcp", net.JoinHostPort("127.0.0.1", port(to)))
+				if err != nil {
+					t.Fatal(err)
+				}
+				dials = append(dials, time.Since(began))
+				_ = c.Close()
+				began = time.Now()
+				if c, err = e.connect(to); err != nil {
+					t.Fatal(err)
+				}
+				took = append(took, time.Since(began))
+				_ = c.Close()
+			}
+			p50, dial := percentile(took, 50), percentile(dials, 50)
+			var mu sync.Mutex
+			var wg sync.WaitGroup
+			for range 100 {
+				wg.Go(func() {
+					began := time.Now()
+					c, err := e.connect(to)
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					mu.Lock()
+					all = append(all, time.Since(began))
+					mu.Unlock()
+					_ = c.Close()
+				})
+			}
+			wg.Wait()
+			p99 := percentile(all, 99)
+			t.Logf("p50 %s (direct dial %s), 100 at once: p50 %s, p99 %s", p50, dial, percentile(all, 50), p99)
+			// The path of the test is a program: it adds some.
+			if p50 > rtt+dial+3*time.Millisecond {
+				t.Errorf("p50 %s: more than a round trip, the dial and 3 ms", p50)
+			}
+			if p99 > 3*rtt+100*time.Millisecond {
+				t.Errorf("p99 of 100 at once %s: more than 3 round trips and 100 ms", p99)
+			}
+		})
+	}
+}
+
+func cpuTime() time.Duration {
+	var r syscall.Rusage
+	_ = syscall.Getrusage(syscall.RUSAGE_SELF, &r)
+	return time.Duration(r.Utime.Nano() + r.Stime.Nano())
+}
+
+// speed sends size bytes from w to r and returns the rate and what it cost.
+func speed(t *testing.T, w io.Writer, r io.Reader, size int64) (gbit, cpuPerGB float64) {
+	t.Helper()
+	cpu, began := cpuTime(), time.Now()
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		block := make([]byte, 64<<10)
+		for left := size; left > 0; left -= int64(len(block)) {
+			if _, err := w.Write(block); err != nil {
+				t.Error(err)
+				return
+			}
+		}
+	}()
+	buf := make([]byte, 64<<10)
+	var n int64
+	for n < size {
+		k, err := r.Read(buf)
+		if n += int64(k); err != nil {
+			t.Errorf("after %d bytes: %v", n, err)
+			break
+		}
+	}
+	<-done
+	took := time.Since(began).Seconds()
+	return float64(n) * 8 / took / 1e9, (cpuTime() - cpu).Seconds() / float64(n) * 1e9
+}
+
+// tlsPair is a direct TLS 1.3 connection between the same ends: client and target.
+func tlsPair(t *testing.T, n *tenant) (client, server *tls.Conn) {
+	t.Helper()
+	h := n.holder(pki.Hub, "0").Get()
+	pool := x509.NewCertPool()
+	pool.AddCert(n.authority.Certificate)
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	accepted := make(chan *tls.Conn, 1)
+	go func() {
+		c, err := l.Accept()
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		s := tls.Server(c, &tls.Config{Certificates: []tls.Certificate{*h.Certificate}, MinVersion: tls.VersionTLS13})
+		_ = s.Handshake()
+		accepted <- s
+	}()
+	client, err = tls.Dial("tcp", l.Addr().String(), &tls.Config{RootCAs: pool, ServerName: "h0-u1", MinVersion: tls.VersionTLS13})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return client, <-accepted
+}
+
+// One stream through client socket, egress, hub, spoke and target against a direct TLS
+// connection, in turns.
+func TestStreamSpeed(t *testing.T) {
+	const size = 1 << 30
+	n := newTenant(t, "u1")
+	n.startHubs(1)
+	n.startSpoke("a")
+	e := n.startEgress()
+	accepted := make(chan *net.TCPConn, 1)
+	to := serve(t, func(c *net.TCPConn) { accepted <- c })
+	c, err := e.connect(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	target := <-accepted
+	defer target.Close()
+	client, server := tlsPair(t, n)
+	defer client.Close()
+	defer server.Close()
+	var ratios, costs []float64
+	for range 3 {
+		direct, directCPU := speed(t, server, client, size)
+		down, downCPU := speed(t, target, c, size)
+		up, upCPU := speed(t, c, target, size)
+		t.Logf("direct TLS %.1f Gbit/s, %.2f CPU s/GB; down %.1f (%.2f×), %.2f (%.2f×); up %.1f (%.2f×), %.2f (%.2f×)",
+			direct, directCPU, down, down/direct, downCPU, downCPU/directCPU, up, up/direct, upCPU, upCPU/directCPU)
+		ratios = append(ratios, min(down, up)/direct)
+		costs = append(costs, max(downCPU, upCPU)/directCPU)
+	}
+	slices.Sort(ratios)
+	slices.Sort(costs)
+	// The goals are 0.4 and 2.5; other tests run beside this one.
+	if ratios[1] < 0.3 {
+		t.Errorf("%.2f of a direct TLS connection's speed, wanted at least 0.4", ratios[1])
+	}
+	if costs[1] > 3 {
+		t.Errorf("%.2f of its CPU time, wanted at most 2.5", costs[1])
+	}
+}
+
+// A stream that nobody reads does not slow down another one.
+func TestStalledReader(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.most = 2
+	n.startHubs(1)
+	n.startSpoke("a")
+	e := n.startEgress()
+	to := serve(t, echo)
+	flood := serve(t, func(c *net.TCPConn) {
+		b := make([]byte, 64<<10)
+		for {
+			if _, err := c.Write(b); err != nil {
+				return
+			}
+		}
+	})
+	c, err := e.connect(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	pings := func() []time.Duration {
+		var all []time.Duration
+		b := make([]byte, 100)
+		for range 1000 {
+			began := time.Now()
+			if _, err := c.Write(b); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := io.ReadFull(c, b); err != nil {
+				t.Fatal(err)
+			}
+			all = append(all, time.Since(began))
+			time.Sleep(200 * time.Microsecond)
+		}
+		return all
+	}
+	before := pings()
+	for range 4 { // on both connections
+		s, err := e.connect(flood)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+	}
+	time.Sleep(500 * time.Millisecond)
+	after := pings()
+	b, a := percentile(before, 99), percentile(after, 99)
+	t.Logf("p50 %s -> %s, p99 %s -> %s", percentile(before, 50), percentile(after, 50), b, a)
+	if a > b+20*time.Millisecond {
+		t.Errorf("p99 %s with stalled streams, %s without: wanted at most 5 ms more", a, b)
+	}
+}
+
+// What an idle connection of a spoke costs at the hub, in memory.
+func TestIdleCost(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.startHubs(1)
+	h := n.holder(pki.Spoke, "many")
+	const count = 500
+	c := &conns{}
+	o := n.links(h, "culvert-spoke/1", "many", c)
+	dial := func() *mux.Session {
+		raw, err := o.Dialer.DialContext(context.Background(), n.hubs[0].spokes.Addr().String())
+		if err != nil {
+			t.Fatal(err)
+		}
+		conn := tls.Client(mux.Cork(raw), o.TLS("h0-u1"))
+		if err := conn.Handshake(); err != nil {
+			t.Fatal(err)
+		}
+		return mux.New(conn, mux.Config{Dialer: true})
+	}
+	for range 10 {
+		dial()
+	}
+	memory := func() uint64 {
+		runtime.GC()
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapInuse + m.StackInuse
+	}
+	time.Sleep(100 * time.Millisecond)
+	before := memory()
+	for range count {
+		dial()
+	}
+	n.eventually("all are connected", func() error {
+		if got := fmt.Sprint(n.hubs[0].Peers()); len(got) == 0 {
+			return fmt.Errorf("no peers")
+		}
+		return nil
+	})
+	time.Sleep(500 * time.Millisecond)
+	// Both ends are in this process: the hub's is at most all of it.
+	each := (memory() - before) / count
+	t.Logf("%d KiB for both ends of an idle connection", each>>10)
+	if each > 120<<10 {
+		t.Errorf("%d KiB: wanted at most 120 KB for the hub's end alone", each>>10)
+	}
+}
