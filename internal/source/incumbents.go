@@ -60,7 +60,26 @@ func (in *Incumbents) Parse(objects model.Objects, opts model.ParseOptions) (m *
 		m = model.Parse(objects, opts)
 	}
 	in.remember(objects, m)
-	return m, problems, kept
+	return m, standing(problems, m.Problems, kept), kept
+}
+
+// standing leaves out the problems of objects that are in effect as they are, now that
+// what they refer to is in effect again.
+func standing(problems, final []model.Problem, kept map[model.Ref]bool) []model.Problem {
+	if len(kept) == 0 {
+		return problems
+	}
+	still := map[model.Ref]bool{}
+	for _, p := range final {
+		still[model.Ref{Kind: p.Kind, ID: p.Object}] = true
+	}
+	var out []model.Problem
+	for _, p := range problems {
+		if ref := (model.Ref{Kind: p.Kind, ID: p.Object}); kept[ref] || still[ref] {
+			out = append(out, p)
+		}
+	}
+	return out
 }
 
 // changedSecrets names the Secrets that are gone or changed.

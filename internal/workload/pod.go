@@ -37,7 +37,7 @@ const (
 
 // statefulSet runs the pods: a name each, never two of one name.
 func statefulSet(gw *model.Gateway, meta metav1.ObjectMeta, o Options) (*appsv1.StatefulSet, error) {
-	template := corev1.PodTemplateSpec{ObjectMeta: metav1.ObjectMeta{Labels: meta.Labels}, Spec: podSpec(gw, o)}
+	template := corev1.PodTemplateSpec{ObjectMeta: metav1.ObjectMeta{Labels: meta.Labels, Annotations: podAnnotations(gw)}, Spec: podSpec(gw, o)}
 	if len(o.Pod) > 0 {
 		var err error
 		if template, err = overlay(template, o.Pod); err != nil {
@@ -153,7 +153,7 @@ func ipsecContainer(_ *model.Gateway, o Options) corev1.Container {
 			{Name: "ipsec-tmp", MountPath: "/tmp"},
 			{Name: "tun", MountPath: "/dev/net/tun"},
 		},
-		SecurityContext: netAdmin(),
+		SecurityContext: netAdmin("NET_BIND_SERVICE"), // strongSwan asks for it before it opens ports 500 and 4500
 		Resources:       requests("50m", "32Mi"),
 	}
 }
@@ -170,13 +170,13 @@ func requests(cpu, memory string) corev1.ResourceRequirements {
 
 // netAdmin is the one privilege that links, routes and rules need; a process that is not
 // root would not get it into effect.
-func netAdmin() *corev1.SecurityContext {
+func netAdmin(more ...corev1.Capability) *corev1.SecurityContext {
 	return &corev1.SecurityContext{
 		RunAsUser:                new(int64(0)),
 		RunAsNonRoot:             new(false),
 		AllowPrivilegeEscalation: new(false),
 		ReadOnlyRootFilesystem:   new(true),
-		Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: []corev1.Capability{"NET_ADMIN"}},
+		Capabilities:             &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}, Add: append([]corev1.Capability{"NET_ADMIN"}, more...)},
 	}
 }
 

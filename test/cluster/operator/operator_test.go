@@ -240,3 +240,56 @@ func nothingLeft(ns string) error {
 	}
 	return errors.Join(errs...)
 }
+
+// What a pod wrote that a gateway no longer has goes from the statuses; the others' entries
+// stay.
+func TestDepartedPods(t *testing.T) {
+	ns := inNamespace(t, "departed")
+	startOperator(t, "--alone")
+	create(t, gateway(ns, func(s *v1alpha1.VPNGatewaySpec) { s.Replicas = new(int32(2)) }), site(ns, "berlin", "10.1.0.0/16"))
+	eventually(t, 20*time.Second, func() error { return get(&appsv1.StatefulSet{}, ns, "culvert-edge") })
+	for _, pod := range []string{"culvert-edge-0", "culvert-edge-1"} {
+		applyStatus(t, &v1alpha1.VPNGateway{}, ns, "edge", pod, `{"endpoints":[{"pod":"`+pod+`","node":"n1","podIPs":["10.244.1.9"]}]}`)
+		applyStatus(t, &v1alpha1.Site{}, ns, "berlin", pod, `{"paths":[{"replica":"`+pod+`","state":"Up"}]}`)
+	}
+	var g v1alpha1.VPNGateway
+	var s v1alpha1.Site
+	pods := func() (string, error) {
+		err := errors.Join(get(&g, ns, "edge"), get(&s, ns, "berlin"))
+		var names []string
+		for _, e := range g.Status.Endpoints {
+			names = append(names, e.Pod)
+		}
+		for _, p := range s.Status.Paths {
+			names = append(names, p.Replica)
+		}
+		return strings.Join(names, " "), err
+	}
+	if got, err := pods(); err != nil || got != "culvert-edge-0 culvert-edge-1 culvert-edge-0 culvert-edge-1" {
+		t.Fatalf("before: %s %v", got, err)
+	}
+	g.Spec.Replicas = new(int32(1))
+	if err := shared.client.Update(t.Context(), &g); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 20*time.Second, func() error {
+		got, err := pods()
+		if err == nil && got != "culvert-edge-0 culvert-edge-0" {
+			err = errors.New(got)
+		}
+		return err
+	})
+}
+
+// applyStatus applies a status as a gateway pod.
+func applyStatus(t *testing.T, o client.Object, ns, name, pod, status string) {
+	t.Helper()
+	o.SetNamespace(ns)
+	o.SetName(name)
+	kind := strings.TrimPrefix(fmt.Sprintf("%T", o), "*v1alpha1.")
+	body := fmt.Sprintf(`{"apiVersion":%q,"kind":%q,"metadata":{"namespace":%q,"name":%q},"status":%s}`, v1alpha1.GroupVersion, kind, ns, name, status)
+	err := shared.client.Status().Patch(context.Background(), o, client.RawPatch("application/apply-patch+yaml", []byte(body)), client.FieldOwner("culvert-gateway/"+pod), client.ForceOwnership)
+	if err != nil {
+		t.Fatal(err)
+	}
+}
