@@ -21,11 +21,12 @@ import (
 	"github.com/culvert-vpn/culvert/internal/process"
 )
 
-// Streams are the standard streams.
+// Streams are the standard streams, and the name that the program was called by.
 type Streams struct {
-	In  io.Reader
-	Out io.Writer
-	Err io.Writer
+	Program string // os.Args[0]; empty: culvert
+	In      io.Reader
+	Out     io.Writer
+	Err     io.Writer
 }
 
 // errNo ends a command with exit code 1 after it has said everything itself.
@@ -50,7 +51,10 @@ Start with one of these:
   culvert plan gateway -f DIR              what a gateway would configure
   culvert gateway --manifests DIR          run a gateway, no Kubernetes needed
   culvert device add phone                 a device in one line
-  culvert status                           who is connected`,
+  culvert status                           who is connected
+  culvert doctor                           what is wrong, and what to do
+
+Installed as kubectl-culvert it is a plug-in of kubectl: kubectl culvert status.`,
 		SilenceErrors: true,
 		SilenceUsage:  true,
 		Args:          usage.NoArgs,
@@ -62,7 +66,8 @@ Start with one of these:
 	root.SetErr(s.Err)
 	root.SetVersionTemplate("culvert {{.Version}}\n")
 	root.AddCommand(tunnel.Commands()...)
-	root.AddCommand(tunnel.NewJoin(), newGateway(), newOperator(), newAgent(), newValidate(), newPlan(), newStatus(), newDevice(), newKeygen(), newDemo(), newCRDs())
+	root.AddCommand(tunnel.NewJoin(), newGateway(), newOperator(), newAgent(), newValidate(), newPlan(), newStatus(), newDoctor(), newDevice(), newKeygen(), newDemo(), newCRDs())
+	asPlugin(root, s.Program)
 	return root
 }
 

@@ -29,6 +29,7 @@ type deviceFlags struct {
 	state     string
 	namespace string
 	gateway   string
+	cluster   clusterFlags
 }
 
 func newDevice() *cobra.Command {
@@ -37,18 +38,23 @@ func newDevice() *cobra.Command {
 		Use:   "device",
 		Short: "Add, list, configure and remove devices",
 		Long: `Works on a directory of manifests and the state directory of its gateway. A running gateway
-follows at once; none needs to run.`,
+follows at once; none needs to run.
+
+Without --manifests, when that directory is not there, it works on the Devices of a
+configured cluster: the operator allocates addresses and makes keys.`,
 		Example: `  culvert device add phone --manifests /etc/culvert
   culvert device config phone --manifests /etc/culvert --qr
   culvert device list --manifests /etc/culvert
-  culvert device rm phone --manifests /etc/culvert`,
+  culvert device rm phone --manifests /etc/culvert
+  culvert device add phone --kubeconfig ~/.kube/config --namespace vpn`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	f := cmd.PersistentFlags()
 	f.StringVar(&d.manifests, "manifests", "/etc/culvert", "directory with the gateway's manifests")
 	f.StringVar(&d.state, "state", defaultState, "state directory of the gateway")
-	f.StringVarP(&d.namespace, "namespace", "n", "default", "namespace of the device")
+	f.StringVarP(&d.namespace, "namespace", "n", "default", "namespace of the device (in a cluster: default that of the kubeconfig)")
+	d.cluster.flags(cmd)
 	f.StringVar(&d.gateway, "gateway", "", "which VPNGateway, when the manifests hold several: NAME or NAMESPACE/NAME")
 	cmd.AddCommand(newDeviceAdd(&d), newDeviceList(&d), newDeviceConfig(&d), newDeviceRemove(&d))
 	return cmd
@@ -119,6 +125,12 @@ func newDeviceList(d *deviceFlags) *cobra.Command {
 			if err := out.check(); err != nil {
 				return err
 			}
+			if c, err := d.inCluster(cmd); c != nil || err != nil {
+				if err != nil {
+					return err
+				}
+				return c.listDevices(cmd, &out)
+			}
 			w, err := d.open(cmd)
 			if err != nil {
 				return err
@@ -184,12 +196,7 @@ treat it like a password.`,
 			if qr && file != "" {
 				return usagef("--qr and --file: choose one")
 			}
-			w, err := d.open(cmd)
-			if err != nil {
-				return err
-			}
-			r := running{state: d.state, socket: socket}
-			config, err := w.config(cmd.Context(), model.ID{Namespace: d.namespace, Name: args[0]}, &r)
+			config, err := d.config(cmd, args[0], socket)
 			if err != nil {
 				return err
 			}
@@ -207,6 +214,23 @@ treat it like a password.`,
 	cmd.Flags().StringVar(&file, "file", "", "write to this new file (mode 0600) instead of standard output")
 	cmd.Flags().StringVar(&socket, "socket", "", "Unix socket of the gateway (default: run/culvert.sock in --state)")
 	return cmd
+}
+
+// config is a device's configuration, of the manifests or of the cluster.
+func (d *deviceFlags) config(cmd *cobra.Command, name, socket string) (secret.Bytes, error) {
+	c, err := d.inCluster(cmd)
+	if err != nil {
+		return secret.Bytes{}, err
+	}
+	if c != nil {
+		return c.deviceConfig(cmd.Context(), name)
+	}
+	w, err := d.open(cmd)
+	if err != nil {
+		return secret.Bytes{}, err
+	}
+	r := running{state: d.state, socket: socket}
+	return w.config(cmd.Context(), model.ID{Namespace: d.namespace, Name: name}, &r)
 }
 
 func (w *deviceWork) config(ctx context.Context, id model.ID, r *running) (secret.Bytes, error) {
@@ -257,8 +281,13 @@ device off at once, and its address is free again. A device that stands in anoth
 is left to you, and named.`,
 		Args: exactly("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			id := model.ID{Namespace: d.namespace, Name: args[0]}
-			return d.remove(cmd, id)
+			if c, err := d.inCluster(cmd); c != nil || err != nil {
+				if err != nil {
+					return err
+				}
+				return c.removeDevice(cmd, args[0])
+			}
+			return d.remove(cmd, model.ID{Namespace: d.namespace, Name: args[0]})
 		},
 	}
 }

@@ -32,7 +32,7 @@ func newDeviceAdd(d *deviceFlags) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "add NAME",
 		Short: "Add a device: a key, an address, a manifest",
-		Long: `Writes the manifest device-NAME.yaml. Without --public-key a key pair is made and its
+		Long: `Writes the manifest device-NAME.yaml, or makes the Device in a cluster. Without --public-key a key pair is made and its
 private half kept in the state directory, for 'culvert device config'. Without --address
 the first free address of each of the gateway's device ranges is taken.`,
 		Example: `  culvert device add phone
@@ -40,6 +40,12 @@ the first free address of each of the gateway's device ranges is taken.`,
   culvert device add guest --expires 24h`,
 		Args: exactly("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if c, err := d.inCluster(cmd); c != nil || err != nil {
+				if err != nil {
+					return err
+				}
+				return a.inCluster(cmd, c, d, args[0])
+			}
 			w, err := d.open(cmd)
 			if err != nil {
 				return err
@@ -72,21 +78,8 @@ func (a *deviceAdd) add(w *deviceWork, d *deviceFlags, id model.ID) (path, addrs
 	if _, err := w.find(id); err == nil {
 		return "", "", fmt.Errorf("device %s exists already: remove it first, or take another name", id)
 	}
-	object := v1alpha1.Device{
-		TypeMeta:   metav1.TypeMeta{APIVersion: v1alpha1.GroupVersion.String(), Kind: "Device"},
-		ObjectMeta: metav1.ObjectMeta{Name: id.Name, Namespace: id.Namespace},
-	}
-	object.Spec.GatewayRef.Name = w.gw.Name
-	if w.gw.Namespace != id.Namespace {
-		object.Spec.GatewayRef.Namespace = w.gw.Namespace
-	}
-	for _, t := range a.access {
-		object.Spec.Access.To = append(object.Spec.Access.To, v1alpha1.AccessTarget(t))
-	}
-	for _, x := range a.addresses {
-		object.Spec.Addresses = append(object.Spec.Addresses, v1alpha1.IP(x))
-	}
-	if object.Spec.ExpirationTime, err = expiration(a.expires, w.facts.Now); err != nil {
+	object, err := a.object(id, w.gw.ID, w.facts.Now)
+	if err != nil {
 		return "", "", err
 	}
 	object.Spec.PublicKey = v1alpha1.Key(a.publicKey)
@@ -109,6 +102,27 @@ func (a *deviceAdd) add(w *deviceWork, d *deviceFlags, id model.ID) (path, addrs
 		list = append(list, string(x))
 	}
 	return path, strings.Join(list, ", "), writeManifest(path, object)
+}
+
+// object is the Device that the flags ask for, without a key.
+func (a *deviceAdd) object(id, gateway model.ID, now time.Time) (v1alpha1.Device, error) {
+	o := v1alpha1.Device{
+		TypeMeta:   metav1.TypeMeta{APIVersion: v1alpha1.GroupVersion.String(), Kind: "Device"},
+		ObjectMeta: metav1.ObjectMeta{Name: id.Name, Namespace: id.Namespace},
+	}
+	o.Spec.GatewayRef.Name = gateway.Name
+	if gateway.Namespace != id.Namespace {
+		o.Spec.GatewayRef.Namespace = gateway.Namespace
+	}
+	for _, t := range a.access {
+		o.Spec.Access.To = append(o.Spec.Access.To, v1alpha1.AccessTarget(t))
+	}
+	for _, x := range a.addresses {
+		o.Spec.Addresses = append(o.Spec.Addresses, v1alpha1.IP(x))
+	}
+	var err error
+	o.Spec.ExpirationTime, err = expiration(a.expires, now)
+	return o, err
 }
 
 // complete checks the device beside all the others, and gives it its addresses.

@@ -31,12 +31,16 @@ func newPlanGateway() *cobra.Command {
 	var diff bool
 	var r running
 	var out output
+	var cluster clusterFlags
 	cmd := &cobra.Command{
-		Use:   "gateway -f FILE…",
+		Use:   "gateway [-f FILE…]",
 		Short: "The network state that a gateway would apply",
 		Long: `Prints the links, peers, connections, routes, rules, firewall and services that a gateway
 would apply for these manifests, one per line, without touching anything. Keys are
 redacted.
+
+Without -f, and with a configured cluster, it plans for the objects there, with what operator
+and gateway have told in status; Secrets are not read.
 
 With --diff it asks the running gateway what it has applied, plans with that gateway's own
 facts (addresses, MTU, datapaths), and prints what would change: "-" goes, "+" comes. Exit
@@ -47,6 +51,13 @@ code 1 when something would.`,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := out.check(); err != nil {
 				return err
+			}
+			if len(files) == 0 && !diff && cluster.wanted(cmd, "", "state", "socket") {
+				lines, err := planOfCluster(cmd, &cluster, name)
+				if err != nil {
+					return err
+				}
+				return printLines(cmd, &out, lines)
 			}
 			gw, err := loadGateway(cmd, files, name)
 			if err != nil {
@@ -63,14 +74,7 @@ code 1 when something would.`,
 			if diff {
 				lines = netstate.DiffLines(applied, lines)
 			}
-			err = out.print(cmd.OutOrStdout(), lines, func(w io.Writer) error {
-				for _, l := range lines {
-					if _, err := fmt.Fprintln(w, l); err != nil {
-						return err
-					}
-				}
-				return nil
-			})
+			err = printLines(cmd, &out, lines)
 			if err == nil && diff && len(lines) > 0 {
 				return errNo
 			}
@@ -82,8 +86,20 @@ code 1 when something would.`,
 	f.StringVar(&name, "name", "", "which VPNGateway, when the manifests hold several: NAME or NAMESPACE/NAME")
 	f.BoolVar(&diff, "diff", false, "print only the difference to the running gateway")
 	r.flags(cmd)
+	cluster.flags(cmd)
 	out.flag(cmd)
 	return cmd
+}
+
+func printLines(cmd *cobra.Command, out *output, lines []string) error {
+	return out.print(cmd.OutOrStdout(), lines, func(w io.Writer) error {
+		for _, l := range lines {
+			if _, err := fmt.Fprintln(w, l); err != nil {
+				return err
+			}
+		}
+		return nil
+	})
 }
 
 // loadGateway reads manifests and returns the one gateway that they are about. Problems

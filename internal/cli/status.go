@@ -69,18 +69,27 @@ func (r *running) get(ctx context.Context, resource string, into any) error {
 func newStatus() *cobra.Command {
 	var r running
 	var out output
+	var cluster clusterFlags
 	cmd := &cobra.Command{
 		Use:   "status",
 		Short: "Sites and devices: state, last handshake, bytes",
 		Long: `Asks a running gateway who is connected, since when, with how many bytes, what is not in
-effect, and why. Exit code 1 when something could not be applied or an object is refused.`,
+effect, and why. Exit code 1 when something could not be applied or an object is refused.
+
+The gateway is that of --state or --socket. Without these, and when no gateway runs on this
+host, a configured cluster is asked: for the gateways, sites and devices of all namespaces
+(or of --namespace), with what their conditions say.`,
 		Example: `  culvert status
+  culvert status --kubeconfig ~/.kube/config --namespace vpn
   culvert status --state /srv/vpn/state
   culvert status -o json | jq '.sites[] | select(.connected | not)'`,
 		Args: noArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := out.check(); err != nil {
 				return err
+			}
+			if cluster.wanted(cmd, r.path(), "state", "socket") {
+				return runClusterStatus(cmd, &cluster, &out)
 			}
 			var report gateway.Report
 			if err := r.get(cmd.Context(), "/v1/status", &report); err != nil {
@@ -97,6 +106,8 @@ effect, and why. Exit code 1 when something could not be applied or an object is
 		},
 	}
 	r.flags(cmd)
+	cluster.flags(cmd)
+	cmd.Flags().StringVarP(&cluster.namespace, "namespace", "n", "", "of a cluster: this namespace only")
 	out.flag(cmd)
 	return cmd
 }

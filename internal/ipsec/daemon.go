@@ -164,18 +164,24 @@ func (o *Options) startDaemon(ctx context.Context, datapath netstate.IPsecDatapa
 		_ = d.stop()
 		return nil, fmt.Errorf("%w; last words in %s: %s", err, o.path(logName), o.lastLog())
 	}
-	if o.portsTaken() {
+	if err := o.withoutSockets(); err != nil {
 		_ = d.stop()
-		return nil, errors.New("start the IKE daemon: UDP port 500 or 4500 is taken by another program (see 'ss -ulnp'), another IKE daemon perhaps: stop it ('systemctl disable --now strongswan')")
+		return nil, fmt.Errorf("start the IKE daemon: %w", err)
 	}
 	return d, nil
 }
 
-// portsTaken reports whether the daemon that has just started says so in its new log. It
-// would go on without these sockets, and never look again.
-func (o *Options) portsTaken() bool {
-	b, err := os.ReadFile(o.path(logName))
-	return err == nil && strings.Contains(string(b), "unable to bind socket: Address already in use")
+// withoutSockets reads in the new log of the daemon that has just started why it has no
+// sockets. It would go on without them, and never look again.
+func (o *Options) withoutSockets() error {
+	b, _ := os.ReadFile(o.path(logName))
+	switch {
+	case strings.Contains(string(b), "unable to bind socket: Address already in use"):
+		return errors.New("UDP port 500 or 4500 is taken by another program (see 'ss -ulnp'), another IKE daemon perhaps: stop it ('systemctl disable --now strongswan')")
+	case strings.Contains(string(b), "requires CAP_NET_BIND_SERVICE"):
+		return errors.New("it may not listen on UDP ports 500 and 4500: give it the capability NET_BIND_SERVICE beside NET_ADMIN (a container: securityContext.capabilities.add)")
+	}
+	return nil
 }
 
 // awaitSocket connects as soon as the daemon listens and answers.
