@@ -33,8 +33,8 @@ var floors = [][]string{
 	},
 	// 3: effects.
 	{
-		"internal/source", "internal/store",
-		"internal/wireguard", "internal/ipsec", "internal/nft", "internal/route", "internal/relay", "internal/probe",
+		"internal/source", "internal/store", "internal/cilium",
+		"internal/wireguard", "internal/ipsec", "internal/nft", "internal/guard", "internal/route", "internal/relay", "internal/probe",
 		"internal/reverse/hub", "internal/reverse/spoke", "internal/reverse/front", "internal/reverse/egress",
 		"internal/lab",
 	},
@@ -47,12 +47,12 @@ var floors = [][]string{
 }
 
 // pure packages touch no clock, file, socket or kernel.
-var pure = []string{"internal/model", "internal/ipam", "internal/pki", "internal/plan", "internal/reverse/wire", "internal/reverse/policy"}
+var pure = []string{"internal/model", "internal/ipam", "internal/pki", "internal/plan", "internal/workload", "internal/reverse/wire", "internal/reverse/policy"}
 
 // appliers put a part of netstate.State into effect. They know neither the objects that
 // it was planned from nor Kubernetes.
 var appliers = []string{
-	"internal/wireguard", "internal/ipsec", "internal/nft", "internal/route", "internal/relay", "internal/probe",
+	"internal/wireguard", "internal/ipsec", "internal/nft", "internal/guard", "internal/route", "internal/relay", "internal/probe",
 }
 
 // forTests are the packages that tests on any floor may import in addition.

@@ -175,13 +175,19 @@ type NodeEncryption struct {
 	AllTraffic bool // scope: All
 	Strict     bool
 	Port       uint16
-	Nodes      []NodeTunnel // by name
+	// Enforced: Strict has been in effect in the cluster (condition Enforced of the status).
+	Enforced bool
+	Nodes    []NodeTunnel // by name
 }
 
 // NodeTunnel is one node's part.
 type NodeTunnel struct {
 	Name      string
 	PublicKey netstate.Key
+	// NextPublicKey is a key that the node is about to change to; zero: none.
+	NextPublicKey netstate.Key
+	// Ready: all other nodes have answered this one, as it says itself.
+	Ready bool
 }
 
 // Node is a node of the cluster.

@@ -30,6 +30,8 @@ type NodeFacts struct {
 	Links map[netip.Addr]string
 	// OnLink are the addresses of gateways' nodes that are on a network of this node.
 	OnLink map[netip.Addr]bool
+	// Encryption counts when there is a NodeEncryption.
+	Encryption EncryptionFacts
 }
 
 // NodeResult is a node's planned state and what else follows.
@@ -37,6 +39,8 @@ type NodeResult struct {
 	State netstate.State
 	// Waiting says, per object ("gateway vpn/edge"), what is not in effect yet and why.
 	Waiting map[string]string
+	// Encryption is nil without a NodeEncryption.
+	Encryption *EncryptionResult
 }
 
 // GatewayName is the name of a gateway in messages.
@@ -58,6 +62,7 @@ func Node(m *model.Model, facts NodeFacts) NodeResult {
 	}
 	p.finishLink()
 	p.rules()
+	p.encryption()
 	p.out.State.Sort()
 	return p.out
 }
