@@ -8,6 +8,7 @@ package cluster_test
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"regexp"
 	"strconv"
@@ -43,6 +44,7 @@ func TestCluster(t *testing.T) {
 	})
 	t.Run("outside", func(t *testing.T) { testOutside(t, c) })
 	t.Run("anti-spoofing", func(t *testing.T) { testSpoofing(t, c) })
+	t.Run("faults", func(t *testing.T) { testFaults(t, c) })
 }
 
 // serverPod is a pod with the test server on a node.
@@ -147,43 +149,69 @@ func testServices(t *testing.T, c *clustertest.Cluster) {
 }
 
 func testOutside(t *testing.T, c *clustertest.Cluster) {
-	h := c.OutsideHost("o1", "198.18.1.1/15", "2001:2::1:1/48")
+	outside := []string{"198.18.1.1", "2001:2::1:1"}
+	h := c.OutsideHost("o1", outside[0]+"/15", outside[1]+"/48")
 	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
-	for i, n := range c.Nodes {
-		// In: the node's public address; the node port's masquerading hides the caller.
-		for _, ip := range n.ExternalIPs() {
-			url := "http://" + netip.AddrPortFrom(ip, 30080).String() + "/"
+	server := h.Command(ctx, c.TestServer())
+	if err := h.Start(server); err != nil {
+		t.Fatal(err)
+	}
+	defer func() { cancel(); _ = server.Wait() }()
+	for _, n := range c.Nodes {
+		for i, public := range n.ExternalIPs() {
+			// In: the node's public address; the node port's masquerading hides the caller.
+			url := "http://" + netip.AddrPortFrom(public, 30080).String() + "/"
 			labtest.Eventually(t, 20*time.Second, url, func() error {
-				out, err := h.Output(ctx, "curl", "-s", "-m", "2", url)
+				out, err := h.Output(ctx, c.TestServer(), "get", url)
 				if err == nil && !strings.Contains(out, "client=") {
 					err = fmt.Errorf("unexpected answer %q", out)
 				}
 				return err
 			})
-		}
-		// Out: pods are masqueraded as their node, and that as its public address.
-		port := 9000 + i
-		seen := h.Command(ctx, "socat", "-u", fmt.Sprintf("TCP4-LISTEN:%d,reuseaddr", port), "SYSTEM:echo $SOCAT_PEERADDR")
-		var out strings.Builder
-		seen.Stdout = &out
-		if err := h.Start(seen); err != nil {
-			t.Fatal(err)
-		}
-		labtest.Eventually(t, 10*time.Second, "a pod of "+n.Name+" calls the outside", func() error {
-			_, err := c.Exec("ground", "on-"+n.Name, "nc", "-w", "1", "198.18.1.1", fmt.Sprint(port), "-e", "true")
-			return err
-		})
-		if err := seen.Wait(); err != nil {
-			t.Fatal(err)
-		}
-		if got := strings.TrimSpace(out.String()); got != n.ExternalIPs()[0].String() {
-			t.Errorf("a pod of %s was seen outside as %q, want %s", n.Name, got, n.ExternalIPs()[0])
+			// Out: pods are masqueraded as their node, and that as its public address.
+			fetch(t, c, "on-"+n.Name, "http://"+net.JoinHostPort(outside[i], "8080")+"/", "client="+public.String()+" ")
 		}
 	}
-	if out, err := h.Output(ctx, "ping", "-c1", "-W1", c.Nodes[0].IPs()[0].String()); err == nil {
-		t.Errorf("a node is reached from outside by its inner address:\n%s", out)
+}
+
+// testFaults takes the machines' programs and a node away and gives them back.
+func testFaults(t *testing.T, c *clustertest.Cluster) {
+	ctx, cancel := context.WithTimeout(context.Background(), 4*time.Minute)
+	defer cancel()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
 	}
+	must(c.StopProgram("control", "kube-apiserver"))
+	if out, err := c.TryKubectl("get", "--raw", "/readyz", "--request-timeout=1s"); err == nil {
+		t.Errorf("a stopped API server answers: %s", out)
+	}
+	must(c.StartProgram("control", "kube-apiserver"))
+	labtest.Eventually(t, time.Minute, "the API server is back", func() error {
+		_, err := c.TryKubectl("get", "--raw", "/readyz", "--request-timeout=1s")
+		return err
+	})
+
+	last := c.Nodes[len(c.Nodes)-1]
+	must(c.KillProgram(last.Name, "containerd"))
+	labtest.Eventually(t, 20*time.Second, "containerd is back, with its containers", func() error {
+		_, err := c.Exec("ground", "on-"+last.Name, "true")
+		return err
+	})
+	must(last.PowerOff())
+	if out, err := c.Nodes[0].Output(ctx, "ping", "-c1", "-W1", last.IPs()[0].String()); err == nil {
+		t.Errorf("a node without power answers: %s", out)
+	}
+	must(last.PowerOn(ctx))
+	fetch(t, c, "on-"+c.Nodes[0].Name, "http://"+netip.AddrPortFrom(last.IPs()[0], 30080).String()+"/", "client=")
+	c.Wait("ground", "-l", "app=ground")
+	labtest.Eventually(t, time.Minute, "its pod runs again", func() error {
+		_, err := c.Exec("ground", "on-"+last.Name, "true")
+		return err
+	})
 }
 
 func testSpoofing(t *testing.T, c *clustertest.Cluster) {

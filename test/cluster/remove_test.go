@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"errors"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -60,7 +61,7 @@ func TestRemove(t *testing.T) {
 	if out, err := exec.Command("go", "build", "-o", program, "../../hack/cluster").CombinedOutput(); err != nil {
 		t.Fatalf("%v: %s", err, out)
 	}
-	const name = "rm"
+	name := fmt.Sprintf("r%dx", os.Getpid()) // the beginning of no other name
 	t.Cleanup(func() {
 		if err := cluster.Remove(name); err != nil {
 			t.Error(err)

@@ -116,7 +116,7 @@ type Cluster struct {
 	programs string // directory with the programs that hack/kubernetes.sh builds
 	port     int    // of 127.0.0.1, forwarded to kube-apiserver
 	started  time.Time
-	pids     map[string]int // process groups of the programs, by "machine/program"; guarded by the caller
+	running  map[string]running // by "machine/program"
 }
 
 // directory holds all files of a cluster.
@@ -161,7 +161,7 @@ func Start(ctx context.Context, options Options) (_ *Cluster, err error) {
 	}
 	c := &Cluster{
 		Name: options.Name, options: options, plan: newPlan(options),
-		started: time.Now(), pids: map[string]int{},
+		started: time.Now(), running: map[string]running{},
 	}
 	if c.programs, err = Programs(ctx, options.Out); err != nil {
 		return nil, err
@@ -228,13 +228,13 @@ type record struct {
 	Programs string
 	Port     int
 	Inits    map[string]int
-	Pids     map[string]int
+	Running  map[string]running
 }
 
 const recordFile = "cluster.json"
 
 func (c *Cluster) save() error {
-	r := record{Options: c.options, Owner: os.Getpid(), Programs: c.programs, Port: c.port, Pids: c.pids, Inits: map[string]int{}}
+	r := record{Options: c.options, Owner: os.Getpid(), Programs: c.programs, Port: c.port, Running: c.running, Inits: map[string]int{}}
 	for _, n := range c.Nodes {
 		r.Inits[n.Name] = n.init
 	}
@@ -261,7 +261,7 @@ func Attach(ctx context.Context, name string) (*Cluster, error) {
 		return nil, fmt.Errorf("no cluster %s: start it with 'make cluster-up': %w", name, err)
 	}
 	r.Options.Out = io.Discard
-	c := &Cluster{Name: name, options: r.Options, plan: newPlan(r.Options), programs: r.Programs, port: r.Port, pids: r.Pids, started: time.Now()}
+	c := &Cluster{Name: name, options: r.Options, plan: newPlan(r.Options), programs: r.Programs, port: r.Port, running: r.Running, started: time.Now()}
 	host := func(n string) *lab.Host { return &lab.Host{Name: n, Namespace: prefix(name) + "-" + n} }
 	c.Control, c.Fabric, c.Router, c.Outside = host("control"), host("fabric"), host("router"), host("outside")
 	for _, m := range c.plan.nodes {

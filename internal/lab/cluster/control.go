@@ -10,7 +10,6 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
-	"syscall"
 	"time"
 )
 
@@ -44,13 +43,13 @@ func (c *Cluster) startControl(ctx context.Context) error {
 	if err := os.WriteFile(c.path("audit-policy.yaml"), []byte(auditPolicy), 0o600); err != nil {
 		return err
 	}
-	if err := c.startControlProgram("etcd", "--name=cvk", "--data-dir="+c.path("etcd"), "--unsafe-no-fsync", "--log-level=warn",
+	if err := c.StartProgram("control", "etcd", "--name=cvk", "--data-dir="+c.path("etcd"), "--unsafe-no-fsync", "--log-level=warn",
 		"--listen-client-urls=http://127.0.0.1:2379", "--advertise-client-urls=http://127.0.0.1:2379",
 		"--listen-peer-urls=http://127.0.0.1:2380", "--initial-advertise-peer-urls=http://127.0.0.1:2380",
 		"--initial-cluster=cvk=http://127.0.0.1:2380"); err != nil {
 		return err
 	}
-	if err := c.startControlProgram("kube-apiserver", c.apiserverFlags()...); err != nil {
+	if err := c.StartProgram("control", "kube-apiserver", c.apiserverFlags()...); err != nil {
 		return err
 	}
 	err := until(ctx, 3*time.Minute, "kube-apiserver is ready", func() error {
@@ -65,12 +64,12 @@ func (c *Cluster) startControl(ctx context.Context) error {
 	}
 	controllers, scheduler := c.pki("kube-controller-manager.kubeconfig"), c.pki("kube-scheduler.kubeconfig")
 	return errors.Join(
-		c.startControlProgram("kube-controller-manager", "--leader-elect=false", "--bind-address=127.0.0.1",
+		c.StartProgram("control", "kube-controller-manager", "--leader-elect=false", "--bind-address=127.0.0.1",
 			"--kubeconfig="+controllers, "--authentication-kubeconfig="+controllers, "--authorization-kubeconfig="+controllers,
 			"--use-service-account-credentials", "--service-account-private-key-file="+c.pki("service-accounts.key"),
 			"--root-ca-file="+c.pki("ca.crt"), "--cluster-signing-cert-file="+c.pki("ca.crt"), "--cluster-signing-key-file="+c.pki("ca.key"),
 			"--controllers=*,-node-ipam-controller", "--allocate-node-cidrs=false"),
-		c.startControlProgram("kube-scheduler", "--leader-elect=false", "--bind-address=127.0.0.1",
+		c.StartProgram("control", "kube-scheduler", "--leader-elect=false", "--bind-address=127.0.0.1",
 			"--kubeconfig="+scheduler, "--authentication-kubeconfig="+scheduler, "--authorization-kubeconfig="+scheduler),
 	)
 }
@@ -152,21 +151,15 @@ func (c *Cluster) forward() error {
 	if err := l.Close(); err != nil {
 		return err
 	}
-	log, err := c.openLog("host", "forward")
+	group, err := c.spawn(nil, "forward", []string{
+		"socat",
+		fmt.Sprintf("TCP4-LISTEN:%d,bind=127.0.0.1,reuseaddr,fork", c.port),
+		fmt.Sprintf("EXEC:nsenter --net=/run/netns/%s socat -t 60 STDIO TCP4\\:%s\\:6443", c.Control.Namespace, c.plan.control.ips[0]),
+	})
 	if err != nil {
 		return err
 	}
-	defer log.Close()
-	cmd := exec.Command("socat", //nolint:noctx // outlives the caller
-		fmt.Sprintf("TCP4-LISTEN:%d,bind=127.0.0.1,reuseaddr,fork", c.port),
-		fmt.Sprintf("EXEC:nsenter --net=/run/netns/%s socat -t 60 STDIO TCP4\\:%s\\:6443", c.Control.Namespace, c.plan.control.ips[0]))
-	cmd.Dir, cmd.Stdout, cmd.Stderr = "/", log, log
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := cmd.Start(); err != nil {
-		return err
-	}
-	c.pids[forwarder] = cmd.Process.Pid
-	go func() { _ = cmd.Wait() }()
+	c.running[forwarder] = running{Group: group}
 	return c.save()
 }
 

@@ -154,8 +154,12 @@ func (c *Cluster) LoadImage(ctx context.Context, i Image) error {
 	return c.Load(ctx, f.Name())
 }
 
+// TestServer is the program of TestImage as a file of this machine, to run outside the
+// cluster.
+func (c *Cluster) TestServer() string { return c.path("server") }
+
 func (c *Cluster) loadOwnImages(ctx context.Context) error {
-	server := c.path("server")
+	server := c.TestServer()
 	if err := build(ctx, "internal/lab/cluster/server", server); err != nil {
 		return err
 	}
@@ -166,7 +170,7 @@ func (c *Cluster) loadOwnImages(ctx context.Context) error {
 	files := []File{{Path: "server", From: server}, {Path: "bin/busybox", From: busybox}}
 	for _, applet := range []string{
 		"sh", "cat", "dd", "env", "grep", "head", "hostname", "id", "ip", "ls", "nc", "netstat",
-		"ping", "ping6", "ps", "route", "sha256sum", "sleep", "tail", "traceroute", "traceroute6", "wc",
+		"ping", "ping6", "ps", "route", "sha256sum", "sleep", "tail", "traceroute", "traceroute6", "true", "wc",
 	} {
 		files = append(files, File{Path: "bin/" + applet, Link: "busybox"})
 	}

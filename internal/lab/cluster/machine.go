@@ -100,129 +100,35 @@ func (n *Node) Run(ctx context.Context, name string, args ...string) (string, er
 	return string(out), nil
 }
 
-// Log is the file with the output of a program of a machine ("control", "node1", …).
-func (c *Cluster) Log(machine, program string) string {
-	return c.path("log", machine+"-"+program+".log")
-}
-
-func (c *Cluster) openLog(machine, program string) (*os.File, error) {
-	if err := os.MkdirAll(c.path("log"), 0o755); err != nil {
-		return nil, err
-	}
-	return os.OpenFile(c.Log(machine, program), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o644)
-}
-
-// forever runs its arguments again and again, in the node's control group.
-const forever = `for dir in "$0"/*/; do echo 0 >"$dir/cgroup.procs"; done
-while :; do "$@" & wait $!; echo "--- ended with $?; starting it again"; sleep 1; done`
-
-// plain is the same for machines that are only a network namespace.
-const plain = `while :; do "$@" & wait $!; echo "--- ended with $?; starting it again"; sleep 1; done`
-
-// StartProgram starts a program on the node that is started again whenever it ends, until
-// StopProgram.
-func (n *Node) StartProgram(program string, args ...string) error {
-	shell := append(n.enter(), "bash", "-c", forever, "/sys/fs/cgroup")
-	return n.cluster.spawn(n.Host, program, "nsenter", append(append(shell, n.cluster.resolve(program)), args...))
-}
-
-// startControlProgram does the same on the control plane's machine.
-func (c *Cluster) startControlProgram(program string, args ...string) error {
-	return c.spawn(c.Control, program, "bash", append([]string{"-c", plain, "bash", c.resolve(program)}, args...))
-}
-
-// resolve finds a program among those of hack/kubernetes.sh, else leaves it to PATH.
-func (c *Cluster) resolve(program string) string {
-	if p := c.Program(program); exists(p) {
-		return p
-	}
-	return program
-}
-
-// spawn starts a program of its own session in a host's network namespace; it outlives
-// this process.
-func (c *Cluster) spawn(h *lab.Host, program, name string, args []string) error {
-	log, err := c.openLog(h.Name, program)
-	if err != nil {
-		return err
-	}
-	defer log.Close()
-	cmd := exec.Command(name, args...) //nolint:noctx // outlives the caller
-	cmd.Dir, cmd.Stdout, cmd.Stderr = "/", log, log
-	cmd.Env = append(os.Environ(), "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root")
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := h.Start(cmd); err != nil {
-		return fmt.Errorf("start %s on %s: %w", program, h.Name, err)
-	}
-	c.pids[h.Name+"/"+program] = cmd.Process.Pid
-	go func() { _ = cmd.Wait() }()
-	return nil
-}
-
-// StopProgram kills a program of a machine ("control", "node1", …), which then stays
-// away. Containers outlive containerd.
-func (c *Cluster) StopProgram(machine, program string) error {
-	key := machine + "/" + program
-	pid, ok := c.pids[key]
-	if !ok {
-		return fmt.Errorf("no program %s runs on %s", program, machine)
-	}
-	delete(c.pids, key)
-	return errors.Join(syscall.Kill(-pid, syscall.SIGKILL), c.save())
-}
-
-func run(name string, args ...string) error {
-	out, err := exec.Command(name, args...).CombinedOutput() //nolint:noctx // short
-	if err != nil {
-		return fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, strings.TrimSpace(string(out)))
-	}
-	return nil
-}
-
-// stop is an error that until does not wait any longer for.
-type stop struct{ error }
-
-// until calls f every 100 ms until it returns nil; after the time-out it returns f's last
-// error.
-func until(ctx context.Context, timeout time.Duration, what string, f func() error) error {
-	ctx, cancel := context.WithTimeout(ctx, timeout)
-	defer cancel()
-	for {
-		err := f()
-		if err == nil {
-			return nil
-		}
-		if s := (stop{}); errors.As(err, &s) {
-			return fmt.Errorf("%s: %w", what, err)
-		}
-		select {
-		case <-ctx.Done():
-			return fmt.Errorf("%s: not within %s: %w", what, timeout, err)
-		case <-time.After(100 * time.Millisecond):
-		}
-	}
-}
-
-func exists(path string) bool {
-	_, err := os.Stat(path)
-	return err == nil
-}
-
-func removeIfThere(path string) error {
-	if err := os.Remove(path); err != nil && !os.IsNotExist(err) {
-		return err
-	}
-	return nil
-}
-
-// tail returns the end of a file, for an error message.
-func tail(path string) string {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return err.Error()
-	}
-	return string(b[max(0, len(b)-2000):])
-}
-
 // PID is the node's first process, for nsenter(1).
 func (n *Node) PID() int { return n.init }
+
+// PowerOff ends everything on the node at once, as if its power were cut: the fabric sees
+// no carrier, and nothing is shut down or cleaned up.
+func (n *Node) PowerOff() error {
+	c := n.cluster
+	// A namespace lives on for a moment after its last process; the cable does not.
+	unplugged := c.Fabric.IP("link", "delete", n.Name)
+	for key, p := range c.running {
+		if strings.HasPrefix(key, n.Name+"/") {
+			_ = syscall.Kill(-p.Group, syscall.SIGKILL) // may have ended just now
+			p.Group = 0
+			c.running[key] = p
+		}
+	}
+	return errors.Join(unplugged, n.Remove(), removeGroups(prefix(c.Name)+"/"+n.Name), c.save())
+}
+
+// PowerOn boots a node after PowerOff, with the files that it had and an empty /run.
+func (n *Node) PowerOn(ctx context.Context) error {
+	c := n.cluster
+	h, err := c.addHost(n.Name)
+	if err != nil {
+		return err
+	}
+	n.Host = h
+	if err := errors.Join(os.RemoveAll(c.path(n.Name, "run")), c.join(h, n.address)); err != nil {
+		return err
+	}
+	return errors.Join(n.up(ctx), c.save())
+}

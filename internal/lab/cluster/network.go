@@ -15,29 +15,26 @@ import (
 // buildNetwork makes the namespaces of the fabric, the router, the outside, the control
 // plane and the nodes, with all links, addresses, routes and rules.
 func (c *Cluster) buildNetwork(ctx context.Context) error {
-	l, err := lab.New(prefix(c.Name))
-	if err != nil {
-		return err
-	}
+	var err error
 	for name, h := range map[string]**lab.Host{"control": &c.Control, "fabric": &c.Fabric, "router": &c.Router, "outside": &c.Outside} {
-		if *h, err = l.Host(name); err != nil {
+		if *h, err = c.addHost(name); err != nil {
 			return err
 		}
 	}
 	for _, m := range c.plan.nodes {
-		h, err := l.Host(m.name)
+		h, err := c.addHost(m.name)
 		if err != nil {
 			return err
 		}
 		c.Nodes = append(c.Nodes, &Node{Host: h, cluster: c, address: m})
 	}
-	if err := c.buildFabric(l); err != nil {
+	if err := c.buildFabric(); err != nil {
 		return err
 	}
 	return errors.Join(c.antiSpoofing(ctx), c.translate(ctx))
 }
 
-func (c *Cluster) buildFabric(l *lab.Lab) error {
+func (c *Cluster) buildFabric() error {
 	for s := range c.plan.subnets {
 		if err := addBridge(c.Fabric, fabricBridge(s)); err != nil {
 			return err
@@ -46,14 +43,14 @@ func (c *Cluster) buildFabric(l *lab.Lab) error {
 	if err := addBridge(c.Outside, outsideBridge); err != nil {
 		return err
 	}
-	if err := c.routerUp(l); err != nil {
+	if err := c.routerUp(); err != nil {
 		return err
 	}
-	if err := c.join(l, c.Control, c.plan.control); err != nil {
+	if err := c.join(c.Control, c.plan.control); err != nil {
 		return err
 	}
 	for _, n := range c.Nodes {
-		if err := c.join(l, n.Host, n.address); err != nil {
+		if err := c.join(n.Host, n.address); err != nil {
 			return err
 		}
 	}
@@ -75,21 +72,29 @@ func addBridge(h *lab.Host, name string) error {
 	)
 }
 
-// plug joins a host to a bridge of another host.
-func (c *Cluster) plug(l *lab.Lab, h *lab.Host, link string, to *lab.Host, bridge, port string) error {
-	mtu := strconv.Itoa(c.options.MTU)
-	if err := l.Connect(h, link, "", to, port, ""); err != nil {
-		return err
+// addHost makes a network namespace.
+func (c *Cluster) addHost(name string) (*lab.Host, error) {
+	h := &lab.Host{Name: name, Namespace: prefix(c.Name) + "-" + name}
+	if err := run("ip", "netns", "add", h.Namespace); err != nil {
+		return nil, err
 	}
+	return h, h.IP("link", "set", "lo", "up")
+}
+
+// plug joins a host to a bridge of another host.
+func (c *Cluster) plug(h *lab.Host, link string, to *lab.Host, bridge, port string) error {
+	mtu := strconv.Itoa(c.options.MTU)
 	return errors.Join(
-		h.IP("link", "set", link, "mtu", mtu),
-		to.IP("link", "set", port, "mtu", mtu, "master", bridge),
+		h.IP("link", "add", link, "mtu", mtu, "type", "veth", "peer", "name", port, "netns", to.Namespace),
+		to.IP("link", "set", port, "mtu", mtu, "master", bridge, "up"),
+		// Before it has addresses: IPv6 ones that are set without a carrier answer late.
+		h.Up(link, ""),
 	)
 }
 
 // join connects a machine to the fabric, with addresses and routes.
-func (c *Cluster) join(l *lab.Lab, h *lab.Host, m machine) error {
-	if err := c.plug(l, h, "eth0", c.Fabric, fabricBridge(m.subnet), m.name); err != nil {
+func (c *Cluster) join(h *lab.Host, m machine) error {
+	if err := c.plug(h, "eth0", c.Fabric, fabricBridge(m.subnet), m.name); err != nil {
 		return err
 	}
 	if m.podCIDRs != nil {
@@ -148,10 +153,10 @@ func routePods(h *lab.Host, to machine) error {
 
 // routerUp gives the router a leg in each subnet and one outside, and the public
 // addresses of the nodes.
-func (c *Cluster) routerUp(l *lab.Lab) error {
+func (c *Cluster) routerUp() error {
 	for s := range c.plan.subnets {
 		link := "eth" + strconv.Itoa(s)
-		if err := c.plug(l, c.Router, link, c.Fabric, fabricBridge(s), "router"+strconv.Itoa(s)); err != nil {
+		if err := c.plug(c.Router, link, c.Fabric, fabricBridge(s), "router"+strconv.Itoa(s)); err != nil {
 			return err
 		}
 		for i, a := range inSubnet(s, 1) {
@@ -160,7 +165,7 @@ func (c *Cluster) routerUp(l *lab.Lab) error {
 			}
 		}
 	}
-	if err := c.plug(l, c.Router, "out0", c.Outside, outsideBridge, "router"); err != nil {
+	if err := c.plug(c.Router, "out0", c.Outside, outsideBridge, "router"); err != nil {
 		return err
 	}
 	for i, a := range RouterOutside {
@@ -281,20 +286,13 @@ func (c *Cluster) Spoofed(ctx context.Context, node string) (uint64, error) {
 // public addresses, and nothing else of the cluster. Its namespace is removed with the
 // cluster.
 func (c *Cluster) OutsideHost(name string, addrs ...string) (*lab.Host, error) {
-	h := &lab.Host{Name: name, Namespace: prefix(c.Name) + "-" + name}
-	if err := run("ip", "netns", "add", h.Namespace); err != nil {
+	h, err := c.addHost(name)
+	if err != nil {
 		return nil, err
 	}
-	mtu := strconv.Itoa(c.options.MTU)
-	port := "p-" + name
-	err := errors.Join(
-		h.IP("link", "set", "lo", "up"),
-		h.IP("link", "add", "eth0", "mtu", mtu, "type", "veth", "peer", "name", port, "netns", c.Outside.Namespace),
-		c.Outside.IP("link", "set", port, "mtu", mtu, "master", outsideBridge, "up"),
-		h.Up("eth0", strings.Join(addrs, " ")),
-	)
+	err = errors.Join(c.plug(h, "eth0", c.Outside, outsideBridge, "p-"+name), h.Up("eth0", strings.Join(addrs, " ")))
 	if err != nil {
-		return nil, fmt.Errorf("outside host %s: %w", name, err)
+		return nil, errors.Join(fmt.Errorf("outside host %s: %w", name, err), h.Remove())
 	}
 	return h, nil
 }

@@ -39,7 +39,7 @@ func (n *Node) up(ctx context.Context) error {
 	if err := n.configure(); err != nil {
 		return err
 	}
-	if err := n.StartProgram("containerd"); err != nil {
+	if err := c.StartProgram(n.Name, "containerd"); err != nil {
 		return err
 	}
 	err := until(ctx, time.Minute, "containerd answers", func() error {
@@ -54,14 +54,14 @@ func (n *Node) up(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := n.StartProgram("kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--kubeconfig="+c.pki(n.Name+".kubeconfig"),
+	if err := c.StartProgram(n.Name, "kubelet", "--config=/etc/kubernetes/kubelet.yaml", "--kubeconfig="+c.pki(n.Name+".kubeconfig"),
 		"--hostname-override="+n.Name, "--node-ip="+join(n.IPs())); err != nil {
 		return err
 	}
 	if c.options.NoKubeProxy {
 		return nil
 	}
-	return n.StartProgram("kube-proxy", "--kubeconfig="+c.pki("kube-proxy.kubeconfig"), "--hostname-override="+n.Name,
+	return c.StartProgram(n.Name, "kube-proxy", "--kubeconfig="+c.pki("kube-proxy.kubeconfig"), "--hostname-override="+n.Name,
 		"--proxy-mode=nftables", "--cluster-cidr="+join(PodCIDRs), "--metrics-bind-address=127.0.0.1:10249",
 		// These settings cannot be written in a network namespace.
 		"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0s", "--conntrack-tcp-timeout-close-wait=0s")

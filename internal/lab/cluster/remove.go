@@ -28,7 +28,7 @@ func Remove(name string) error {
 	if err := lab.Remove(prefix(name)); err != nil {
 		return err
 	}
-	if err := removeGroups(name); err != nil {
+	if err := removeGroups(prefix(name)); err != nil {
 		return err
 	}
 	if err := unmount(directory(name)); err != nil {
@@ -37,24 +37,26 @@ func Remove(name string) error {
 	return os.RemoveAll(directory(name))
 }
 
-// killForwarder ends the one process that is in none of the cluster's namespaces.
+// killForwarder ends what runs in none of the cluster's namespaces: the forwarder to
+// kube-apiserver. It is known by its arguments, so that it is found without a record.
 func killForwarder(name string) {
-	r, err := load(name)
-	if err != nil {
-		return
-	}
-	pid := r.Pids[forwarder]
-	line, err := os.ReadFile(fmt.Sprintf("/proc/%d/cmdline", pid))
-	if pid > 0 && err == nil && strings.Contains(string(line), "/run/netns/"+prefix(name)+"-") {
-		_ = syscall.Kill(-pid, syscall.SIGKILL)
+	files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, file := range files {
+		line, err := os.ReadFile(file)
+		if err == nil && strings.HasPrefix(string(line), "socat\x00") && strings.Contains(string(line), "nsenter --net=/run/netns/"+prefix(name)+"-control ") {
+			if pid, err := strconv.Atoi(strings.Split(file, "/")[2]); err == nil {
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
+		}
 	}
 }
 
-// removeGroups removes the cluster's control groups, and kills what is still in them.
-func removeGroups(name string) error {
+// removeGroups removes the control groups at a path of every hierarchy, and kills what is
+// still in them.
+func removeGroups(path string) error {
 	var errs []error
 	for _, pattern := range []string{"/sys/fs/cgroup/*/", "/sys/fs/cgroup/"} {
-		roots, _ := filepath.Glob(pattern + prefix(name))
+		roots, _ := filepath.Glob(pattern + path)
 		for _, root := range roots {
 			errs = append(errs, removeGroup(root))
 		}
