@@ -69,6 +69,7 @@ Secret but those of devices that it made itself, by name.`,
 	f.StringVar(&flags.gatewayPod, "gateway-pod", "", "YAML file with a pod template that is merged into the gateways' (containers culvert and ipsec)")
 	f.StringVar(&opts.Workload.ClusterRole, "gateway-cluster-role", "culvert-gateway", "ClusterRole that every gateway's service account is bound to")
 	f.StringVar(&flags.serviceAccount, "service-account", "", "the operator's own, NAMESPACE/NAME, which it grants single Secrets; empty: culvert-operator in --namespace; none: it may read them already")
+	f.BoolVar(&opts.Cilium, "cilium", false, "for gateways with nodeLink: CiliumEndpoint: keep their ranges in Cilium's CiliumEndpoints and in the ConfigMap kube-system/ip-masq-agent")
 	f.StringVar(&opts.HTTP, "http", ":9587", "address:port for /healthz, /readyz and /metrics; empty: none")
 	f.BoolVar(&opts.PProf, "pprof", false, "serve /debug/pprof beside the metrics")
 	f.StringVar(&flags.kube.Kubeconfig, "kubeconfig", "", "file that says where the API server is; empty: the cluster whose pod this is, else as kubectl does")

@@ -21,6 +21,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
+	"github.com/culvert-vpn/culvert/internal/cilium"
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/source"
 	"github.com/culvert-vpn/culvert/internal/workload"
@@ -40,6 +41,8 @@ type Config struct {
 	// ServiceAccount is the operator's own: it grants itself single Secrets. No name: it
 	// needs no grant.
 	ServiceAccount model.ID
+	// Behind is told, each round, which ranges lie behind which gateway pod; nil: nobody is.
+	Behind func([]cilium.Endpoint)
 	// Event tells people of a transition; nil: nobody.
 	Event  func(o runtime.Object, warning bool, reason, message string)
 	Logger *slog.Logger
@@ -139,6 +142,7 @@ func (o *Operator) Round(ctx context.Context) error {
 		return err
 	}
 	r.parse()
+	r.tellCilium()
 	var errs []error
 	for _, step := range []func(context.Context) error{
 		r.orphanedClaims, // addresses of devices that are gone
@@ -147,6 +151,7 @@ func (o *Operator) Round(ctx context.Context) error {
 		r.workloads,      // what gateways consist of
 		r.deviceSecrets,  // key pairs and configurations
 		r.status,         // what people see, and what gateways read
+		r.departed,       // what pods said that are gone for good
 		r.releasedClaims, // addresses that no status shows any more
 		r.prune,          // what nobody asks for any more
 	} {

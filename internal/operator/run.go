@@ -51,6 +51,7 @@ type Options struct {
 	NoLeaderElection bool
 	Workload         workload.Options
 	ServiceAccount   model.ID // the operator's own, see Config
+	Cilium           bool     // tell Cilium of gateways with nodeLink: CiliumEndpoint
 	HTTP             string   // address of health and metrics; empty: none
 	PProf            bool
 	Logger           *slog.Logger
@@ -212,7 +213,12 @@ func (l *loop) add(m manager.Manager, o Options) error {
 		return err
 	}
 	recorder := m.GetEventRecorder(Manager)
+	behind, err := addCilium(m, o)
+	if err != nil {
+		return err
+	}
 	l.operator = New(Config{
+		Behind: behind,
 		Cached: m.GetCache(), Live: m.GetAPIReader(), Writer: m.GetClient(), ServiceCIDRs: serviceCIDRs,
 		Workload: o.Workload, ServiceAccount: o.ServiceAccount, Logger: o.Logger,
 		Event: func(obj runtime.Object, warning bool, reason, message string) {
@@ -297,8 +303,18 @@ func hasKind(m meta.RESTMapper, kind schema.GroupKind, version string) (bool, er
 type roundHealth struct {
 	rounds  *prometheus.CounterVec
 	seconds prometheus.Histogram
-	last    atomic.Pointer[string] // the last round's error; nil: none so far
+	failing atomic.Pointer[failure] // nil: the last round was completed, or there was none
 }
+
+// failure is that of the last round, and since when none was completed.
+type failure struct {
+	since time.Time
+	text  string
+}
+
+// patience is how long rounds may fail before the operator is not ready: conflicts with
+// other writers are part of the day.
+const patience = 30 * time.Second
 
 func newRoundHealth(r *prometheus.Registry) *roundHealth {
 	h := &roundHealth{
@@ -316,18 +332,21 @@ func newRoundHealth(r *prometheus.Registry) *roundHealth {
 
 func (h *roundHealth) done(took time.Duration, err error) {
 	h.seconds.Observe(took.Seconds())
-	result, text := "ok", ""
+	result, now := "ok", (*failure)(nil)
 	if err != nil {
-		result, text = "error", oneLine(err)
+		result, now = "error", &failure{time.Now(), oneLine(err)}
+		if was := h.failing.Load(); was != nil {
+			now.since = was.since
+		}
 	}
 	h.rounds.WithLabelValues(result).Inc()
-	h.last.Store(&text)
+	h.failing.Store(now)
 }
 
 // ready is nil before the first round, too: an operator that waits to lead is ready.
 func (h *roundHealth) ready() error {
-	if text := h.last.Load(); text != nil && *text != "" {
-		return errors.New(*text)
+	if f := h.failing.Load(); f != nil && time.Since(f.since) > patience {
+		return fmt.Errorf("no round was completed for %s: %s", time.Since(f.since).Round(time.Second), f.text)
 	}
 	return nil
 }
