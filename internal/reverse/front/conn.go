@@ -109,7 +109,7 @@ func (c *conn) open() error {
 	}
 	if !c.inspected() {
 		first = append(first, c.buf...)
-		c.count(&c.fromClient, len(c.buf))
+		c.received(len(c.buf))
 		c.buf = nil
 	}
 	if err := write(c.backend, first); err != nil {
@@ -189,7 +189,7 @@ func (c *conn) inspect() {
 		c.finish()
 		return
 	}
-	c.count(&c.fromClient, len(c.buf))
+	c.received(len(c.buf))
 	c.buf = nil
 	_ = c.client.SetReadDeadline(time.Time{})
 	c.upstream()
@@ -197,10 +197,8 @@ func (c *conn) inspect() {
 
 // upstream is the direction from the client to the backend.
 func (c *conn) upstream() {
-	moved := c.ticket.tenant.metrics.fromClient
 	c.pump(c.backend, c.client, func(n int) {
-		c.count(&c.fromClient, n)
-		moved.Add(float64(n))
+		c.received(n)
 		if !c.answered.Load() && c.toClient.Load() > 0 {
 			c.answered.Store(true)
 		}
@@ -209,15 +207,22 @@ func (c *conn) upstream() {
 
 // downstream is the direction from the backend to the client.
 func (c *conn) downstream() {
-	moved := c.ticket.tenant.metrics.toClient
 	c.pump(c.client, c.backend, func(n int) {
-		c.count(&c.toClient, n)
-		moved.Add(float64(n))
+		c.toClient.Add(uint64(n))
+		c.ticket.tenant.metrics.toClient.Add(float64(n))
+		c.touch()
 	})
 }
 
-func (c *conn) count(bytes *atomic.Uint64, n int) {
-	bytes.Add(uint64(n))
+// received counts bytes of the client that are passed on.
+func (c *conn) received(n int) {
+	c.fromClient.Add(uint64(n))
+	c.ticket.tenant.metrics.fromClient.Add(float64(n))
+	c.touch()
+}
+
+// touch tells the sweep that something moved.
+func (c *conn) touch() {
 	if round := c.front.tick.Load(); c.active.Load() != round {
 		c.active.Store(round)
 	}

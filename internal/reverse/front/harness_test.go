@@ -45,6 +45,8 @@ type authority struct {
 	key  *ecdsa.PrivateKey
 	cert *x509.Certificate
 	pool *x509.CertPool
+
+	clientCertificate tls.Certificate
 }
 
 func newAuthority(t testing.TB) *authority {
@@ -65,8 +67,9 @@ func newAuthority(t testing.TB) *authority {
 	if err != nil {
 		t.Fatal(err)
 	}
-	a := &authority{key, cert, x509.NewCertPool()}
+	a := &authority{key: key, cert: cert, pool: x509.NewCertPool()}
 	a.pool.AddCert(cert)
+	a.clientCertificate = a.certificate(t, "spoke")
 	return a
 }
 
@@ -146,7 +149,7 @@ func newServer(t testing.TB, name string, certificate *tls.Certificate, handle f
 					handle(conn)
 					return
 				}
-				secure := tls.Server(counted{conn, &s.bytes}, &tls.Config{Certificates: []tls.Certificate{*certificate}, MinVersion: tls.VersionTLS13})
+				secure := tls.Server(counted{conn, &s.bytes}, &tls.Config{Certificates: []tls.Certificate{*certificate}, MinVersion: tls.VersionTLS13, ClientAuth: tls.RequestClientCert})
 				if secure.HandshakeContext(context.Background()) == nil {
 					handle(secure)
 				}

@@ -58,7 +58,7 @@ const (
 	DefaultRate                    = 1000.0 // per second, of a source and of a tenant
 	DefaultBurst                   = 8192   // of a source and of a tenant
 	DefaultHeaderTimeout           = 5 * time.Second
-	DefaultHandshakeTimeout        = 9 * time.Second
+	DefaultHandshakeTimeout        = 8 * time.Second
 	DefaultIdleTimeout             = time.Hour
 	DefaultDialTimeout             = 2 * time.Second
 	DefaultDialBudget              = 5 * time.Second
