@@ -18,19 +18,19 @@ func serviceAccount(meta metav1.ObjectMeta) *corev1.ServiceAccount {
 	}
 }
 
-// ownRights let the pods keep what must outlive them: their key, where their peers were
-// last seen, and which of them is active. "create" by name works with server-side apply
-// only.
+// ownRights let the pods keep what must outlive them: their key, and where their peers
+// were last seen. "create" by name works with server-side apply only.
 func ownRights(gw *model.Gateway, meta metav1.ObjectMeta) []Object {
-	rule := func(group, resource, name string, verbs ...string) rbacv1.PolicyRule {
-		return rbacv1.PolicyRule{APIGroups: []string{group}, Resources: []string{resource}, ResourceNames: []string{name}, Verbs: verbs}
+	rule := func(resource, name string) rbacv1.PolicyRule {
+		return rbacv1.PolicyRule{
+			APIGroups: []string{""}, Resources: []string{resource}, ResourceNames: []string{name}, Verbs: []string{"get", "create", "patch"},
+		}
 	}
 	role := &rbacv1.Role{
 		TypeMeta: typeMeta(rbacVersion, "Role"), ObjectMeta: meta,
 		Rules: []rbacv1.PolicyRule{
-			rule("", "secrets", KeySecret(gw.Name), "get", "create", "patch"),
-			rule("", "configmaps", EndpointsConfigMap(gw.Name), "get", "create", "patch", "update"),
-			rule("coordination.k8s.io", "leases", GatewayName(gw.Name), "get", "create", "patch", "update"),
+			rule("secrets", KeySecret(gw.Name)),
+			rule("configmaps", EndpointsConfigMap(gw.Name)),
 		},
 	}
 	return []Object{role, roleBinding(meta, subject(gw.ID))}

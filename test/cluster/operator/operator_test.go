@@ -256,16 +256,17 @@ func TestDepartedPods(t *testing.T) {
 	var s v1alpha1.Site
 	pods := func() (string, error) {
 		err := errors.Join(get(&g, ns, "edge"), get(&s, ns, "berlin"))
-		var names []string
+		text := "gateway:"
 		for _, e := range g.Status.Endpoints {
-			names = append(names, e.Pod)
+			text += " " + e.Pod
 		}
+		text += ", site:"
 		for _, p := range s.Status.Paths {
-			names = append(names, p.Replica)
+			text += " " + p.Replica
 		}
-		return strings.Join(names, " "), err
+		return text, err
 	}
-	if got, err := pods(); err != nil || got != "culvert-edge-0 culvert-edge-1 culvert-edge-0 culvert-edge-1" {
+	if got, err := pods(); err != nil || got != "gateway: culvert-edge-0 culvert-edge-1, site: culvert-edge-0 culvert-edge-1" {
 		t.Fatalf("before: %s %v", got, err)
 	}
 	g.Spec.Replicas = new(int32(1))
@@ -274,7 +275,7 @@ func TestDepartedPods(t *testing.T) {
 	}
 	eventually(t, 20*time.Second, func() error {
 		got, err := pods()
-		if err == nil && got != "culvert-edge-0 culvert-edge-0" {
+		if err == nil && got != "gateway: culvert-edge-0, site: culvert-edge-0" {
 			err = errors.New(got)
 		}
 		return err

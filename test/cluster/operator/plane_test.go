@@ -33,7 +33,7 @@ import (
 const (
 	root       = "../../.."
 	namespace  = "culvert-system"
-	adminToken = "administrator-of-a-test" //nolint:gosec // of an API server on loopback that dies with the test
+	adminToken = "administrator-of-a-test" // of an API server on loopback that dies with the test
 )
 
 // plane is a control plane on loopback.
@@ -163,7 +163,7 @@ func (p *plane) start(args ...string) error {
 		return err
 	}
 	defer log.Close()
-	cmd := exec.Command(filepath.Join(p.programs, args[0]), args[1:]...) //nolint:gosec,noctx // a test's own programs; stop ends them
+	cmd := exec.Command(filepath.Join(p.programs, args[0]), args[1:]...) //nolint:noctx // stop ends it
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	if err := cmd.Start(); err != nil {

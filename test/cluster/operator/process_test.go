@@ -39,7 +39,7 @@ func startOperator(t *testing.T, args ...string) *program {
 	args = append([]string{
 		"operator", "--kubeconfig", shared.asOperator, "--namespace", namespace, "--image", "culvert:test", "--http", p.http,
 	}, args...)
-	p.cmd = exec.Command(shared.culvert, args...) //nolint:gosec,noctx // ended below
+	p.cmd = exec.Command(shared.culvert, args...) //nolint:noctx // ended below
 	p.cmd.Stdout, p.cmd.Stderr = log, log
 	p.cmd.Env = append(os.Environ(), "POD_NAMESPACE=")
 	p.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
