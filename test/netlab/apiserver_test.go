@@ -42,10 +42,10 @@ func TestGatewayOfAnAPIServer(t *testing.T) {
 	a.endpointIsTold()
 
 	phone := a.deviceComesUp(n, g)
-	s := a.siteComesUp(n, g)
+	s := a.siteComesUp(n)
 	a.servicesFollow(phone)
 	a.culvertIsKilled(n, g, s)
-	a.serverIsKilled(n, g, s, phone)
+	a.serverIsKilled(n, s, phone)
 	a.refusals(g)
 	a.brokenKeyIsKept(g)
 }
@@ -102,7 +102,7 @@ func (a *apiServer) deviceComesUp(n *network, g *gateway) *device {
 const apiPSK = "a pre-shared key out of a Secret"
 
 // siteComesUp: the right to read its Secret comes late, and so does the Secret.
-func (a *apiServer) siteComesUp(n *network, g *gateway) *strongswan {
+func (a *apiServer) siteComesUp(n *network) *ikeDaemon {
 	a.t.Helper()
 	site, secret, _ := strings.Cut(pskSiteYAML("berlin", "10.10.0.0/24", apiPSK), "---\napiVersion: v1\nkind: Secret")
 	a.apply(site)
@@ -147,7 +147,7 @@ func (a *apiServer) servicesFollow(phone *device) {
 }
 
 // culvertIsKilled: the IKE daemon is another process, and keeps its SAs.
-func (a *apiServer) culvertIsKilled(n *network, g *gateway, s *strongswan) {
+func (a *apiServer) culvertIsKilled(n *network, g *gateway, s *ikeDaemon) {
 	a.t.Helper()
 	up, down := watchFrom(a.t, s.host, berlin4, at(web1, port), 10*time.Millisecond), watch(a.t, n.web2, at(berlin4, port), 10*time.Millisecond)
 	time.Sleep(200 * time.Millisecond)
@@ -166,7 +166,7 @@ func (a *apiServer) culvertIsKilled(n *network, g *gateway, s *strongswan) {
 }
 
 // serverIsKilled: what is in effect stays; afterwards changes are followed again.
-func (a *apiServer) serverIsKilled(n *network, g *gateway, s *strongswan, phone *device) {
+func (a *apiServer) serverIsKilled(n *network, s *ikeDaemon, phone *device) {
 	a.t.Helper()
 	reaches(a.t, phone.Host, "udp", at(web1, port), "web-1", 10*time.Second)
 	before := n.gateway.Run("ip", "route", "show", "table", "all", "proto", "196")

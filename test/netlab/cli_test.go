@@ -332,7 +332,7 @@ func TestHealthAndMetrics(t *testing.T) {
 	expect("denied packets", "culvert_dropped_packets_total", above(0), `reason=`)
 	g.write("device-bad.yaml", deviceYAML("bad", "no-key"))
 	expect("a problem", "culvert_problems", is(1))
-	s.kill()
+	s.Kill()
 	g.remove("device-phone.yaml")
 	eventually(t, 5*time.Second, "a removed device has no metrics", func() error {
 		if _, found := metric(g.mustGet("/metrics"), "culvert_peer_up", `name="default/phone"`); found {

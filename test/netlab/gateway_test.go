@@ -79,15 +79,6 @@ func newKey(t testing.TB) wgtypes.Key {
 	return k
 }
 
-func tail(path string, n int) string {
-	b, _ := os.ReadFile(path)
-	lines := strings.Split(strings.TrimSpace(string(b)), "\n")
-	lines = slices.DeleteFunc(lines, func(l string) bool {
-		return strings.Contains(l, "[ENC]") || strings.Contains(l, "[NET]") || strings.Contains(l, "[ESP] discard")
-	})
-	return strings.Join(lines[max(0, len(lines)-n):], "\n")
-}
-
 // write puts a manifest in place, completely or not at all, as editors do.
 func (g *gateway) write(name, text string) {
 	g.t.Helper()

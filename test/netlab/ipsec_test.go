@@ -12,6 +12,7 @@ import (
 
 	culvert "github.com/culvert-vpn/culvert/internal/gateway"
 	"github.com/culvert-vpn/culvert/internal/lab/labtest"
+	"github.com/culvert-vpn/culvert/test/strongswan"
 )
 
 const (
@@ -122,11 +123,10 @@ func TestIPsecSiteWithPresharedKey(t *testing.T) {
 		time.Sleep(200 * time.Millisecond)
 	}
 	for _, x := range []fault{
-		{"the peer's strongSwan is killed and restarted", 10 * time.Second, func() { s.kill(); s.start() }},
+		{"the peer's strongSwan is killed and restarted", 10 * time.Second, func() { s.Kill(); s.Start() }},
 		{"the peer's strongSwan is restarted", 10 * time.Second, func() {
-			_ = s.cmd.Process.Signal(syscall.SIGTERM)
-			<-s.done
-			s.start()
+			s.Stop()
+			s.Start()
 		}},
 		// Nobody can tell the site, which alone knows where the other is: it finds out by its
 		// own dead peer detection, after 2 s, and gives up 12.8 s later.
@@ -190,24 +190,13 @@ func certificateSite(name, cidrs, cert, key, ca, crl string) string {
 		fmt.Sprintf("---\napiVersion: v1\nkind: Secret\nmetadata: {name: %s-ca, namespace: default}\nstringData: {\"ca.crt\": %q%s}\n", name, ca, crlSecret)
 }
 
-// certify makes a swanctl.conf use certificates.
-func (s *strongswan) certify(cert, key, ca string) {
-	s.write("x509/own.pem", cert)
-	s.write("pkcs8/own.pem", key)
-	s.write("x509ca/ca.pem", ca)
-	i := strings.Index(s.conf, "secrets {")
-	s.conf = strings.NewReplacer("auth = psk", "auth = pubkey").Replace(s.conf[:i])
-	s.conf = strings.Replace(s.conf, "auth = pubkey", "auth = pubkey\n      certs = own.pem", 1)
-	s.load()
-}
-
 // Every way to fail says within 15 s which it was, with no SA; and a site with a good
 // certificate beside them works both ways (FAULTS 7, 8).
 func TestIPsecFailuresAreExplained(t *testing.T) {
 	n := newNetwork(t)
 	g := newGateway(t, n.gateway)
-	ca := newAuthority(t)
-	ours, oursKey := ca.issue(2, "vpn.example.com", -time.Hour, 24*time.Hour)
+	ca := strongswan.NewAuthority(t)
+	ours, oursKey := ca.Issue(2, "vpn.example.com", -time.Hour, 24*time.Hour)
 	g.write("gateway.yaml", gatewayYAML())
 	g.write("web.yaml", webYAML())
 	day := 24 * time.Hour
@@ -245,19 +234,19 @@ func TestIPsecFailuresAreExplained(t *testing.T) {
 		}
 		crl := ""
 		if f.name == "revoked" {
-			crl = ca.revoke(66)
+			crl = ca.Revoke(66)
 		}
-		g.write(f.name+".yaml", certificateSite(f.name, cidr, ours, oursKey, ca.pem, crl))
+		g.write(f.name+".yaml", certificateSite(f.name, cidr, ours, oursKey, ca.PEM, crl))
 	}
-	g.write("berlin.yaml", certificateSite("berlin", berlinCIDRs, ours, oursKey, ca.pem, ""))
+	g.write("berlin.yaml", certificateSite("berlin", berlinCIDRs, ours, oursKey, ca.PEM, ""))
 	g.run()
 
 	host := n.dialler("berlin").host
 	inside(t, host, berlin4, berlin6)
 	good := newStrongSwan(t, host, strings.ReplaceAll(pskConf("berlin", berlinTS, ""), "start_action = start", ""))
-	cert, key := ca.issue(3, "berlin.example.com", -time.Hour, day)
-	good.conf = pskConf("berlin", berlinTS, "")
-	good.certify(cert, key, ca.pem)
+	cert, key := ca.Issue(3, "berlin.example.com", -time.Hour, day)
+	good.Conf = pskConf("berlin", berlinTS, "")
+	good.Certify(cert, key, ca.PEM)
 	bothWays(t, n, host, true, 10*time.Second)
 
 	since := map[string]time.Time{}
@@ -270,9 +259,9 @@ func TestIPsecFailuresAreExplained(t *testing.T) {
 			if f.name == "revoked" {
 				serial = 66
 			}
-			cert, key := ca.issue(serial, f.name+".example.com", f.from, f.to)
-			s.conf = conf
-			s.certify(cert, key, ca.pem)
+			cert, key := ca.Issue(serial, f.name+".example.com", f.from, f.to)
+			s.Conf = conf
+			s.Certify(cert, key, ca.PEM)
 		} else {
 			newStrongSwan(t, h, conf)
 		}

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"go.yaml.in/yaml/v3"
+
+	"github.com/culvert-vpn/culvert/test/strongswan"
 )
 
 // needles are the forms in which a secret could show.
@@ -28,8 +30,8 @@ func needles(secret string) []string {
 func TestSecretsDoNotShow(t *testing.T) {
 	n := newNetwork(t)
 	g := newGateway(t, n.gateway)
-	ca := newAuthority(t)
-	cert, tlsKey := ca.issue(2, "vpn.example.com", -time.Hour, time.Hour)
+	ca := strongswan.NewAuthority(t)
+	cert, tlsKey := ca.Issue(2, "vpn.example.com", -time.Hour, time.Hour)
 	preshared, devicePSK := newKey(t).String(), newKey(t).String()
 	const psk, badPSK = "planted-ipsec-key-7f3a9c", "planted-bad-key-1b2c3d"
 	secrets := map[string]string{
@@ -39,7 +41,7 @@ func TestSecretsDoNotShow(t *testing.T) {
 	g.write("gateway.yaml", gatewayYAML())
 	g.write("web.yaml", webYAML())
 	g.write("berlin.yaml", pskSiteYAML("berlin", "10.10.0.0/24", psk))
-	g.write("rome.yaml", certificateSite("rome", "10.10.1.0/24", cert, tlsKey, ca.pem, ""))
+	g.write("rome.yaml", certificateSite("rome", "10.10.1.0/24", cert, tlsKey, ca.PEM, ""))
 	oslo := newDevice(t, n.dialler("oslo").host)
 	g.write("oslo.yaml", siteYAML("oslo", "10.20.0.0/17", "wireguard: {publicKey: "+oslo.key()+", presharedKeySecretRef: {name: oslo, key: psk}}")+secretYAML("oslo", "psk", preshared))
 	g.write("bad.yaml", siteYAML("bad", "10.20.128.0/17", "wireguard: {publicKey: "+newKey(t).PublicKey().String()+", presharedKeySecretRef: {name: bad, key: psk}}")+secretYAML("bad", "psk", badPSK))
@@ -56,9 +58,9 @@ func TestSecretsDoNotShow(t *testing.T) {
 	inside(t, host, berlin4)
 	s := newStrongSwan(t, host, pskConf("berlin", "10.10.0.0/24", psk))
 	reachesFrom(t, host, "tcp", berlin4, at(web1, port), "web-1", 10*time.Second)
-	s.conf = strings.ReplaceAll(s.conf, psk, "another one")
-	s.kill()
-	s.start() // fails: more is logged
+	s.Conf = strings.ReplaceAll(s.Conf, psk, "another one")
+	s.Kill()
+	s.Start() // fails: more is logged
 	time.Sleep(1500 * time.Millisecond)
 	for name, file := range map[string]string{"the gateway's key": "wireguard.key", "the key of a device that was made": "devices/default.made.key"} {
 		b, err := os.ReadFile(filepath.Join(g.state, file))
@@ -150,8 +152,8 @@ func payloads(include string) []string {
 func TestHostileStrings(t *testing.T) {
 	n := newNetwork(t)
 	g := newGateway(t, n.gateway)
-	ca := newAuthority(t)
-	cert, key := ca.issue(2, "vpn.example.com", -time.Hour, time.Hour)
+	ca := strongswan.NewAuthority(t)
+	cert, key := ca.Issue(2, "vpn.example.com", -time.Hour, time.Hour)
 	include := filepath.Join(g.dir, "evil.conf")
 	if err := os.WriteFile(include, []byte("connections { evil { remote_addrs = 192.0.2.66 } }\n"), 0o600); err != nil {
 		t.Fatal(err)
@@ -184,7 +186,7 @@ func TestHostileStrings(t *testing.T) {
 		deviceYAML("d", newKey(t).PublicKey().String(), "addresses: [10.99.7.7]", "access: {to: [Pods]}", `expirationTime: "2036-01-01T00:00:00Z"`, "presharedKeySecretRef: {name: s, key: psk}") +
 		siteYAML("w", "10.20.0.0/24", "wireguard: {publicKey: "+newKey(t).PublicKey().String()+", endpoint: \"192.0.2.1:51820\"}") +
 		siteYAML("i", "10.20.1.0/24", "ipsec: {address: 192.0.2.7, localAddress: 203.0.113.10, localID: a.example.com, remoteID: b.example.com, initiate: Never, childSAs: PerPair, proposals: {ike: [aes256gcm16-prfsha384-x25519], esp: [aes256gcm16-x25519], allowWeak: [sha1]}, auth: {presharedKeySecretRef: {name: berlin, key: psk}}}") +
-		certificateSite("c", "10.20.2.0/24", cert, key, ca.pem, "") + secretYAML("s", "psk", newKey(t).String()) +
+		certificateSite("c", "10.20.2.0/24", cert, key, ca.PEM, "") + secretYAML("s", "psk", newKey(t).String()) +
 		serviceYAML("svc", []string{"10.96.9.9"}, "sessionAffinity: ClientIP") + sliceYAML("svc", "IPv4", web1)
 	var files []string
 	dec := yaml.NewDecoder(strings.NewReader(seeds))
