@@ -275,3 +275,35 @@ func (g *gateway) inCluster(a *apiServer) {
 		}
 	})
 }
+
+// kubectlCulvert runs the program as a plug-in of kubectl, as administrator.
+func (a *apiServer) kubectlCulvert(args ...string) (stdout, stderr string, code int) {
+	a.t.Helper()
+	plugin := filepath.Join(a.dir, "kubectl-culvert")
+	if err := os.Symlink(program, plugin); err != nil && !errors.Is(err, os.ErrExist) {
+		a.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
+	defer cancel()
+	cmd := a.host.Command(ctx, plugin, args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+filepath.Join(a.dir, "admin.kubeconfig"))
+	var out, errs strings.Builder
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := a.host.Start(cmd); err != nil {
+		a.t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+}
+
+// operator runs the operator as an ordinary process.
+func (a *apiServer) operator() {
+	a.t.Helper()
+	_, log := a.host.Background(program, "operator", "--kubeconfig", filepath.Join(a.dir, "admin.kubeconfig"), "--namespace", "default",
+		"--image", "culvert.dev/culvert:test", "--alone", "--http", "", "--service-account", "none")
+	a.t.Cleanup(func() {
+		if a.t.Failed() {
+			a.t.Logf("log of the operator:\n%s", tail(log, 30))
+		}
+	})
+}
