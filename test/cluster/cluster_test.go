@@ -43,6 +43,8 @@ func TestCluster(t *testing.T) {
 		}
 	})
 	t.Run("outside", func(t *testing.T) { testOutside(t, c) })
+	t.Run("load balancer", func(t *testing.T) { testBalancer(t, c) })
+	t.Run("API", func(t *testing.T) { testAPI(t, c) })
 	t.Run("anti-spoofing", func(t *testing.T) { testSpoofing(t, c) })
 	t.Run("faults", func(t *testing.T) { testFaults(t, c) })
 }
@@ -172,6 +174,86 @@ func testOutside(t *testing.T, c *clustertest.Cluster) {
 			// Out: pods are masqueraded as their node, and that as its public address.
 			fetch(t, c, "on-"+n.Name, "http://"+net.JoinHostPort(outside[i], "8080")+"/", "client="+public.String()+" ")
 		}
+	}
+}
+
+// testBalancer calls the server on the last node through load balancers that leave the
+// caller's address and that hide it.
+func testBalancer(t *testing.T, c *clustertest.Cluster) {
+	last := c.Nodes[len(c.Nodes)-1]
+	outside := []string{"198.18.1.2", "2001:2::1:2"}
+	h := c.OutsideHost("o2", outside[0]+"/15", outside[1]+"/48")
+	for _, o := range []struct {
+		cluster.BalanceOptions
+		name, policy string
+		seen         []string
+	}{
+		{cluster.BalanceOptions{}, "local", "Local", outside},
+		{cluster.BalanceOptions{SNAT: true}, "hidden", "Local", []string{"172.30.0.1", "fd00:30::1"}},
+	} {
+		c.Apply(fmt.Sprintf(`apiVersion: v1
+kind: Service
+metadata: {name: %s, namespace: ground}
+spec:
+  type: LoadBalancer
+  externalTrafficPolicy: %s
+  selector: {app: ground, node: %s}
+  ipFamilyPolicy: RequireDualStack
+  ports: [{name: web, port: 80, targetPort: 8080}, {name: echo, port: 81, targetPort: 8081, protocol: UDP}]
+`, o.name, o.policy, last.Name))
+		b := c.Balance("ground", o.name, o.BalanceOptions)
+		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+		defer cancel()
+		for i, a := range b.Addresses {
+			for what, command := range map[string][]string{
+				"TCP": {"get", "http://" + netip.AddrPortFrom(a, 80).String() + "/"},
+				"UDP": {"echo", "udp", netip.AddrPortFrom(a, 81).String(), "hello"},
+			} {
+				labtest.Eventually(t, 20*time.Second, fmt.Sprintf("%s, %s by %s", o.name, what, a), func() error {
+					out, err := h.Output(ctx, c.TestServer(), command...)
+					if want := "client=" + o.seen[i] + " "; err == nil && !strings.Contains(out, want) {
+						err = fmt.Errorf("%q does not have %q", out, want)
+					}
+					return err
+				})
+			}
+		}
+	}
+}
+
+// testAPI asks of the control plane what an operator and its chart rely on.
+func testAPI(t *testing.T, c *clustertest.Cluster) {
+	out, err := c.Exec("ground", "on-node1", "/server", "get", "https://kubernetes.default.svc.cluster.local/healthz")
+	if err != nil || !strings.Contains(out, "ok") {
+		t.Errorf("a pod asked the API server for its health: %v: %s", err, out)
+	}
+	c.Apply(`apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicy
+metadata: {name: ground}
+spec:
+  matchConstraints:
+    resourceRules: [{apiGroups: [""], apiVersions: [v1], operations: [CREATE], resources: [configmaps]}]
+  validations: [{expression: "object.metadata.name != 'refused'", message: "not this one"}]
+---
+apiVersion: admissionregistration.k8s.io/v1
+kind: ValidatingAdmissionPolicyBinding
+metadata: {name: ground}
+spec:
+  policyName: ground
+  validationActions: [Deny]
+  matchResources: {namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: ground}}}
+`)
+	defer c.Kubectl("delete", "validatingadmissionpolicy/ground", "validatingadmissionpolicybinding/ground")
+	labtest.Eventually(t, 20*time.Second, "the admission policy refuses", func() error {
+		out, err := c.TryKubectl("-n", "ground", "create", "configmap", "refused", "--dry-run=server")
+		if err == nil || !strings.Contains(err.Error(), "not this one") {
+			return fmt.Errorf("not as it should: %w: %s", err, out)
+		}
+		return nil
+	})
+	c.Kubectl("-n", "ground", "create", "configmap", "welcome", "--dry-run=server")
+	if out, _ := c.TryKubectl("auth", "can-i", "list", "secrets", "-A", "--as=system:serviceaccount:ground:default"); !strings.HasPrefix(out, "no") {
+		t.Errorf("a service account may list Secrets: %s", out)
 	}
 }
 

@@ -151,6 +151,24 @@ func (c *Cluster) OutsideHost(name string, addrs ...string) *lab.Host {
 	return h
 }
 
+// Balance gives a Service a load balancer outside until the test's end, see
+// cluster.Cluster.Balance.
+func (c *Cluster) Balance(namespace, service string, o cluster.BalanceOptions) *cluster.Balancer {
+	c.t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	b, err := c.Cluster.Balance(ctx, namespace, service, o)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.t.Cleanup(func() {
+		if err := b.Close(); err != nil {
+			c.t.Errorf("load balancer of %s/%s: %v", namespace, service, err)
+		}
+	})
+	return b
+}
+
 // Wait waits until pods of a namespace are Ready: wait's arguments after "--for
 // condition=Ready", say "pod/client" or "-l", "app=x". What it waited for in vain is
 // described.

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/sha256"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -42,8 +43,9 @@ func call(args []string) error {
 }
 
 // client waits not long for a connection, but as long as it takes for what comes after:
-// large transfers are slow on a busy machine.
+// large transfers are slow on a busy machine. Certificates are not checked.
 var client = &http.Client{Transport: &http.Transport{
+	TLSClientConfig:       &tls.Config{InsecureSkipVerify: true},
 	DialContext:           (&net.Dialer{Timeout: timeout}).DialContext,
 	ResponseHeaderTimeout: 2 * time.Minute,
 }}
