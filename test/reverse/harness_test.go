@@ -291,6 +291,21 @@ func (p *egressProcess) connect(to string) (net.Conn, error) {
 	return c, nil
 }
 
+// connectTLS is CONNECT at a hub's own listener, as curl and Prometheus speak it.
+func (n *tenant) connectTLS(h *identity.Holder, to string) (net.Conn, error) {
+	config := identity.Dial(h, wire.HubServerName(n.uid, 0, ""), "")
+	config.NextProtos, config.VerifyConnection = nil, nil
+	conn, err := tls.Dial("tcp", n.hubs[0].clients.Addr().String(), config)
+	if err != nil {
+		return nil, err
+	}
+	c, err := handshake(conn, to)
+	if err != nil {
+		return nil, errors.Join(err, conn.Close())
+	}
+	return c, nil
+}
+
 func handshake(conn net.Conn, to string) (net.Conn, error) {
 	_ = conn.SetDeadline(time.Now().Add(15 * time.Second))
 	if _, err := fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n", to); err != nil {

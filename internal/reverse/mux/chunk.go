@@ -6,22 +6,26 @@ import (
 	"github.com/culvert-vpn/culvert/internal/reverse/wire"
 )
 
-// Received bytes wait in chunks: small ones for the odd line of a log, large ones for bulk.
+// Bytes travel in chunks from where they are read to where they are written: small ones for
+// the odd line of a log, large ones for bulk. A frame's header goes into the room that is
+// left before its payload, so that nothing is copied on the way.
 const (
+	headroom   = wire.FrameHeader
 	smallChunk = 4 << 10
-	largeChunk = wire.FrameHeader + wire.MaxData
+	largeChunk = headroom + wire.MaxData
 )
 
 var (
-	smallPool = sync.Pool{New: func() any { b := make([]byte, smallChunk); return &chunk{buf: b} }}
-	largePool = sync.Pool{New: func() any { b := make([]byte, largeChunk); return &chunk{buf: b} }}
+	smallPool = sync.Pool{New: func() any { return &chunk{buf: make([]byte, smallChunk), off: headroom, end: headroom} }}
+	largePool = sync.Pool{New: func() any { return &chunk{buf: make([]byte, largeChunk), off: headroom, end: headroom} }}
 )
 
-// chunk holds received bytes buf[off:end]; filling: the session's reader writes behind end.
+// chunk holds bytes buf[off:end]; off is never less than headroom, but for whole frames.
 type chunk struct {
 	buf      []byte
 	off, end int
-	filling  bool
+	filling  bool // the session's reader writes behind end
+	frames   bool // holds whole frames, with headers, and more may be added
 	next     *chunk
 }
 
@@ -33,13 +37,15 @@ func newChunk(size int) *chunk {
 }
 
 func (c *chunk) free() {
-	c.off, c.end, c.filling, c.next = 0, 0, false, nil
+	c.off, c.end, c.filling, c.frames, c.next = headroom, headroom, false, false, nil
 	if len(c.buf) == smallChunk {
 		smallPool.Put(c)
 		return
 	}
 	largePool.Put(c)
 }
+
+func (c *chunk) bytes() []byte { return c.buf[c.off:c.end] }
 
 // queue is a list of chunks, first received first.
 type queue struct {
@@ -125,4 +131,42 @@ func (q *queue) clear() {
 		c = next
 	}
 	*q = queue{}
+}
+
+// outQueue is what waits to be sent: chunks of whole frames.
+type outQueue struct {
+	head, tail *chunk
+	size       int
+}
+
+func (q *outQueue) push(c *chunk) {
+	if q.tail == nil {
+		q.head = c
+	} else {
+		q.tail.next = c
+	}
+	q.tail = c
+	q.size += len(c.bytes())
+}
+
+// add copies a frame behind the others.
+func (q *outQueue) add(f wire.Frame, payload []byte) {
+	need := wire.FrameHeader + len(payload)
+	if q.tail == nil || !q.tail.frames || len(q.tail.buf)-q.tail.end < need {
+		c := newChunk(need)
+		c.off, c.end, c.frames = 0, 0, true
+		q.push(c)
+	}
+	c := q.tail
+	b := f.Append(c.buf[:c.end])
+	c.end = len(append(b, payload...))
+	q.size += need
+}
+
+// addChunk puts the header before a chunk's bytes and takes it over.
+func (q *outQueue) addChunk(f wire.Frame, c *chunk) {
+	c.off -= wire.FrameHeader
+	f.Append(c.buf[:c.off])
+	c.next = nil
+	q.push(c)
 }

@@ -67,10 +67,6 @@ func Cut(c Conn) {
 	}
 }
 
-const pumpBuffer = 64 << 10
-
-var pumpPool = sync.Pool{New: func() any { b := make([]byte, pumpBuffer); return &b }}
-
 func transfer(dst, src Conn) (int64, error) {
 	if st, ok := src.(*Stream); ok {
 		return st.WriteTo(dst)
@@ -87,34 +83,31 @@ func transfer(dst, src Conn) (int64, error) {
 // connections hold none.
 func pumpRaw(dst io.Writer, raw syscall.RawConn) (total int64, err error) {
 	for {
-		var buf *[]byte
+		var c *chunk
 		var n int
 		var failed error
 		err := raw.Read(func(fd uintptr) bool {
-			buf = pumpPool.Get().(*[]byte)
+			c = largePool.Get().(*chunk)
 			for {
-				n, failed = syscall.Read(int(fd), *buf)
+				n, failed = syscall.Read(int(fd), c.buf[headroom:])
 				if !errors.Is(failed, syscall.EINTR) {
 					break
 				}
 			}
-			if errors.Is(failed, syscall.EAGAIN) {
-				pumpPool.Put(buf)
-				buf = nil
-				return false
+			if n > 0 {
+				c.end = headroom + n
+				return true
 			}
-			return true
+			c.free()
+			return !errors.Is(failed, syscall.EAGAIN)
 		})
 		if err == nil {
 			err = failed
 		}
-		if n > 0 && err == nil {
-			_, err = dst.Write((*buf)[:n])
-		}
-		if buf != nil {
-			pumpPool.Put(buf)
-		}
 		if n <= 0 || err != nil {
+			return total, err
+		}
+		if _, err := writeChunks(dst, []*chunk{c}); err != nil {
 			return total, err
 		}
 		total += int64(n)
@@ -123,37 +116,37 @@ func pumpRaw(dst io.Writer, raw syscall.RawConn) (total int64, err error) {
 
 // pumpPlain waits with a small buffer and takes a large one while there is much to read.
 func pumpPlain(dst io.Writer, src io.Reader) (total int64, err error) {
-	small := make([]byte, 2<<10)
-	b := small
-	var large *[]byte
-	release := func() {
-		if large != nil {
-			pumpPool.Put(large)
-			large = nil
-		}
-	}
-	defer release()
+	small := make([]byte, smallChunk/2)
 	for {
-		n, err := src.Read(b)
+		n, err := src.Read(small)
 		if n > 0 {
-			if _, err := dst.Write(b[:n]); err != nil {
+			if _, err := dst.Write(small[:n]); err != nil {
 				return total, err
 			}
 			total += int64(n)
+		}
+		for n == len(small) && err == nil { // there is more
+			c := largePool.Get().(*chunk)
+			var k int
+			k, err = src.Read(c.buf[headroom:])
+			c.end = headroom + k
+			if k == 0 {
+				c.free()
+				break
+			}
+			if _, err := writeChunks(dst, []*chunk{c}); err != nil {
+				return total, err
+			}
+			total += int64(k)
+			if k < len(small) {
+				break
+			}
 		}
 		if errors.Is(err, io.EOF) {
 			return total, nil
 		}
 		if err != nil {
 			return total, err
-		}
-		switch {
-		case n == len(b) && large == nil:
-			large = pumpPool.Get().(*[]byte)
-			b = *large
-		case n < len(small) && large != nil:
-			release()
-			b = small
 		}
 	}
 }

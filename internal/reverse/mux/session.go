@@ -46,7 +46,7 @@ type Config struct {
 	// Keepalive is how often a ping is sent; zero: never.
 	Keepalive time.Duration
 	// DeadAfter is how long the other end may be silent before the session is closed; zero:
-	// for ever.
+	// for ever. It should be longer than Keepalive by three seconds at least.
 	DeadAfter time.Duration
 }
 
@@ -68,7 +68,7 @@ type Session struct {
 	theirs   int    // streams that the other end opened
 	widened  int    // bytes of credit beyond the initial windows
 	control  []byte // frames that go out first
-	data     *[]byte
+	data     outQueue
 	writing  bool
 	draining bool // a GoAway was received
 	leaving  bool // a GoAway was sent
@@ -77,8 +77,6 @@ type Session struct {
 	timer    *time.Timer
 	done     chan struct{}
 }
-
-var outPool = sync.Pool{New: func() any { b := make([]byte, 0, outLimit+wire.FrameHeader+wire.MaxData); return &b }}
 
 // New starts a session on a connection and owns it from then on. Small writes are
 // collected when conn is a tls.Conn over a Corked.
@@ -258,28 +256,25 @@ func (s *Session) writeLoop() {
 	var control []byte
 	for {
 		s.mu.Lock()
-		if s.err != nil || len(s.control) == 0 && s.data == nil {
+		if s.err != nil || len(s.control) == 0 && s.data.head == nil {
 			s.writing = false
 			s.mu.Unlock()
 			return
 		}
 		control, s.control = s.control, control[:0]
-		data := s.data
-		s.data = nil
+		data := s.data.head
+		s.data = outQueue{}
 		s.room.Broadcast()
 		s.mu.Unlock()
 		err := s.send(control, data)
-		if data != nil {
-			*data = (*data)[:0]
-			outPool.Put(data)
-		}
 		if err != nil {
 			s.close(fmt.Errorf("%w: %w", ErrSessionLost, err))
 		}
 	}
 }
 
-func (s *Session) send(control []byte, data *[]byte) error {
+// send writes, and frees the chunks.
+func (s *Session) send(control []byte, data *chunk) error {
 	if s.cork != nil {
 		s.cork.cork()
 	}
@@ -287,8 +282,13 @@ func (s *Session) send(control []byte, data *[]byte) error {
 	if len(control) > 0 {
 		_, err = s.conn.Write(control)
 	}
-	if data != nil && err == nil {
-		_, err = s.conn.Write(*data)
+	for data != nil {
+		if err == nil {
+			_, err = s.conn.Write(data.bytes())
+		}
+		next := data.next
+		data.free()
+		data = next
 	}
 	if s.cork != nil {
 		err = errors.Join(err, s.cork.uncork())
@@ -296,22 +296,24 @@ func (s *Session) send(control []byte, data *[]byte) error {
 	return err
 }
 
-// queueData adds frames with b to what is to be sent, waiting for room.
+// awaitRoom waits until data can be added, with the lock held.
+func (s *Session) awaitRoom() error {
+	for s.err == nil && s.data.size >= outLimit {
+		s.room.Wait()
+	}
+	return s.err
+}
+
+// queueData copies frames with b to what is to be sent, waiting for room.
 func (s *Session) queueData(id uint32, b []byte) error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for len(b) > 0 {
-		for s.err == nil && s.data != nil && len(*s.data) >= outLimit {
-			s.room.Wait()
-		}
-		if s.err != nil {
-			return s.err
-		}
-		if s.data == nil {
-			s.data = outPool.Get().(*[]byte)
+		if err := s.awaitRoom(); err != nil {
+			return err
 		}
 		n := min(len(b), wire.MaxData)
-		*s.data = append(wire.Frame{Type: wire.FrameData, Length: n, Stream: id}.Append(*s.data), b[:n]...)
+		s.data.add(wire.Frame{Type: wire.FrameData, Length: n, Stream: id}, b[:n])
 		b = b[n:]
 		s.out.Add(uint64(n))
 		s.wake()
@@ -319,14 +321,29 @@ func (s *Session) queueData(id uint32, b []byte) error {
 	return nil
 }
 
+// queueChunk takes a chunk over as one frame, waiting for room; with an error it stays the
+// caller's.
+func (s *Session) queueChunk(id uint32, c *chunk) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if err := s.awaitRoom(); err != nil {
+		return err
+	}
+	n := len(c.bytes())
+	s.data.addChunk(wire.Frame{Type: wire.FrameData, Length: n, Stream: id}, c)
+	s.out.Add(uint64(n))
+	s.wake()
+	return nil
+}
+
 // queueFin goes out behind the stream's data.
 func (s *Session) queueFin(id uint32) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.data == nil {
-		s.data = outPool.Get().(*[]byte)
+	if s.err != nil {
+		return
 	}
-	*s.data = wire.Frame{Type: wire.FrameFin, Stream: id}.Append(*s.data)
+	s.data.add(wire.Frame{Type: wire.FrameFin, Stream: id}, nil)
 	s.wake()
 }
 

@@ -194,8 +194,36 @@ func (st *Stream) takeCredit(want int) (int, error) {
 	}
 }
 
+// writeChunk is Write that takes a chunk over, error or not.
+func (st *Stream) writeChunk(c *chunk) error {
+	for {
+		b := c.bytes()
+		n, err := st.takeCredit(len(b))
+		if err == nil && n == len(b) {
+			// Small ones are gathered: a frame each would cost more than the copy.
+			if n > smallChunk {
+				if err = st.session.queueChunk(st.id, c); err == nil {
+					return nil
+				}
+			} else {
+				err = st.session.queueData(st.id, b)
+				c.free()
+				return err
+			}
+		}
+		if err == nil {
+			err = st.session.queueData(st.id, b[:n])
+			c.off += n
+		}
+		if err != nil {
+			c.free()
+			return err
+		}
+	}
+}
+
 // writevChunks is how many received chunks are written at once.
-const writevChunks = 16
+const writevChunks = 8
 
 // WriteTo implements io.WriterTo: what has been received goes to w without another copy.
 func (st *Stream) WriteTo(w io.Writer) (int64, error) {
@@ -219,9 +247,6 @@ func (st *Stream) WriteTo(w io.Writer) (int64, error) {
 		}
 		n, err := writeChunks(w, list)
 		total += n
-		for _, c := range list {
-			c.free()
-		}
 		if err != nil {
 			return total, err
 		}
@@ -231,40 +256,53 @@ func (st *Stream) WriteTo(w io.Writer) (int64, error) {
 	}
 }
 
-func writeChunks(w io.Writer, list []*chunk) (int64, error) {
-	if c, ok := w.(net.Conn); ok && len(list) > 1 {
-		if k := corkOf(c); k != nil {
-			k.cork()
-			n, err := writeEach(w, list)
-			if e := k.uncork(); err == nil {
-				err = e
+// writeChunks writes chunks and frees them.
+func writeChunks(w io.Writer, list []*chunk) (total int64, err error) {
+	if st, ok := w.(*Stream); ok {
+		for i, c := range list {
+			n := len(c.bytes())
+			if err := st.writeChunk(c); err != nil {
+				freeAll(list[i+1:])
+				return total, err
 			}
-			return n, err
+			total += int64(n)
 		}
+		return total, nil
 	}
-	switch w.(type) {
+	defer freeAll(list)
+	switch w := w.(type) {
 	case *net.TCPConn, *net.UnixConn:
 		if len(list) > 1 {
 			buffers := make(net.Buffers, len(list))
 			for i, c := range list {
-				buffers[i] = c.buf[c.off:c.end]
+				buffers[i] = c.bytes()
 			}
 			return buffers.WriteTo(w)
 		}
+	case net.Conn:
+		if k := corkOf(w); k != nil && len(list) > 1 {
+			k.cork()
+			defer func() {
+				if e := k.uncork(); err == nil {
+					err = e
+				}
+			}()
+		}
 	}
-	return writeEach(w, list)
-}
-
-func writeEach(w io.Writer, list []*chunk) (int64, error) {
-	var total int64
 	for _, c := range list {
-		n, err := w.Write(c.buf[c.off:c.end])
+		n, err := w.Write(c.bytes())
 		total += int64(n)
 		if err != nil {
 			return total, err
 		}
 	}
 	return total, nil
+}
+
+func freeAll(list []*chunk) {
+	for _, c := range list {
+		c.free()
+	}
 }
 
 // fill reads a data frame's payload from the connection.

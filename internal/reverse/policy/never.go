@@ -84,7 +84,12 @@ func embedded(a netip.Addr) []netip.Addr {
 		list = append(list, last)
 	case nat64Local.Contains(a):
 		// RFC 6052, section 2.2, for prefixes of 48, 56, 64 and 96 bits; byte 8 is zero.
-		list = append(list, v4(6, 7, 9, 10), v4(7, 9, 10, 11), v4(9, 10, 11, 12), last)
+		// Which one is in use is not known: all but those that cannot be meant.
+		for _, x := range []netip.Addr{v4(6, 7, 9, 10), v4(7, 9, 10, 11), v4(9, 10, 11, 12), last} {
+			if x.As4()[0] != 0 {
+				list = append(list, x)
+			}
+		}
 	case sixToFour.Contains(a):
 		list = append(list, v4(2, 3, 4, 5))
 	case teredo.Contains(a):

@@ -31,9 +31,9 @@ const (
 	// FrameHeader is the size of a frame's header: type (1 byte), length of the payload (3),
 	// stream (4), in network byte order.
 	FrameHeader = 8
-	// MaxData is the largest payload of FrameData. With its header such a frame fills two
+	// MaxData is the largest payload of FrameData. With its header such a frame fills four
 	// TLS records.
-	MaxData = 32<<10 - FrameHeader
+	MaxData = 64<<10 - FrameHeader
 	// MaxControl is the largest payload of FrameOpen, FrameAnswer and FrameReset.
 	MaxControl = 16 << 10
 )
