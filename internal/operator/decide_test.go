@@ -281,3 +281,38 @@ func TestJoined(t *testing.T) {
 		}
 	})
 }
+
+// A gateway that reports on a device at the same time does not stop the operator; another
+// operator that gave it other addresses does.
+func TestOthersWriteToTheStatus(t *testing.T) {
+	for name, other := range map[string]func(*v1alpha1.DeviceStatus){
+		"gateway":  func(s *v1alpha1.DeviceStatus) { s.Endpoint = "192.0.2.1:1" },
+		"operator": func(s *v1alpha1.DeviceStatus) { s.Addresses = []string{"10.99.0.50"} },
+	} {
+		w := newWorld(t, gateway(), device("phone"))
+		w.gatewayRuns()
+		first := true
+		o := w.operator(interceptor.Funcs{SubResourceApply: func(ctx context.Context, c client.Client, sub string, a runtime.ApplyConfiguration, opts ...client.SubResourceApplyOption) error {
+			var d v1alpha1.Device
+			get(w, &d, "default", "phone")
+			if first && len(d.Status.Addresses) == 0 {
+				first = false
+				other(&d.Status)
+				if err := w.client.Status().Update(ctx, &d); err != nil {
+					t.Fatal(err)
+				}
+			}
+			return c.SubResource(sub).Apply(ctx, a, opts...)
+		}})
+		err := o.Round(context.Background())
+		if (err != nil) != (name == "operator") {
+			t.Errorf("%s: %v", name, err)
+		}
+		var d v1alpha1.Device
+		get(w, &d, "default", "phone")
+		want := map[string]string{"gateway": "10.99.0.2", "operator": "10.99.0.50"}[name]
+		if len(d.Status.Addresses) != 1 || d.Status.Addresses[0] != want {
+			t.Errorf("%s: the device has %v, not %s", name, d.Status.Addresses, want)
+		}
+	}
+}

@@ -202,6 +202,7 @@ type loop struct {
 	health   *roundHealth
 	log      *slog.Logger
 	said     bool // that the first round is done
+	failed   int  // rounds in a row that were not completed
 }
 
 // everything is the one thing that is reconciled.
@@ -231,7 +232,6 @@ func (l *loop) add(m manager.Manager, o Options) error {
 	})
 	c, err := controller.NewTyped("culvert", m, controller.TypedOptions[everything]{
 		Reconciler: l, MaxConcurrentReconciles: 1,
-		RateLimiter: workqueue.NewTypedItemExponentialFailureRateLimiter[everything](retryFirst, retryLast),
 	})
 	if err != nil {
 		return fmt.Errorf("operator: %w", err)
@@ -274,13 +274,16 @@ func (l *loop) Reconcile(ctx context.Context, _ everything) (reconcile.Result, e
 	start := time.Now()
 	err := l.operator.Round(ctx)
 	l.health.done(time.Since(start), err)
-	if err != nil {
-		if errors.Is(err, context.Canceled) {
-			return reconcile.Result{}, err // the process ends
-		}
-		l.log.Warn("a round was not completed; it is tried again", "error", oneLine(err))
-		return reconcile.Result{}, err
+	if errors.Is(err, context.Canceled) {
+		return reconcile.Result{}, err // the process ends
 	}
+	if err != nil {
+		pause := min(retryFirst<<l.failed, retryLast)
+		l.failed = min(l.failed+1, 16)
+		l.log.Warn("a round was not completed; it is tried again", "after", pause, "error", oneLine(err))
+		return reconcile.Result{RequeueAfter: pause}, nil
+	}
+	l.failed = 0
 	if !l.said {
 		l.said = true
 		l.log.Info("leading; everything is as it should be", "took", time.Since(start).Round(time.Millisecond))

@@ -260,7 +260,17 @@ func (r *round) writeStatus(ctx context.Context, w statusWrite) error {
 	if w.exact {
 		u.SetResourceVersion(w.object.GetResourceVersion())
 	}
-	err := r.Writer.Status().Apply(ctx, client.ApplyConfigurationFromUnstructured(u), client.FieldOwner(Manager), client.ForceOwnership)
+	var err error
+	for range exactAttempts {
+		written := u.DeepCopy()
+		err = r.Writer.Status().Apply(ctx, client.ApplyConfigurationFromUnstructured(written), client.FieldOwner(Manager), client.ForceOwnership)
+		if err == nil {
+			u = written
+		}
+		if !w.exact || !apierrors.IsConflict(err) || !r.onlyOthersWrote(ctx, w.object, u) {
+			break
+		}
+	}
 	switch {
 	case apierrors.IsNotFound(err):
 		return nil // nobody is left to be told
@@ -272,6 +282,25 @@ func (r *round) writeStatus(ctx context.Context, w statusWrite) error {
 	noteLock.Unlock()
 	r.tell(w)
 	return nil
+}
+
+// exactAttempts bounds how often a status is tried again that others write at the same
+// time.
+const exactAttempts = 5
+
+// onlyOthersWrote reports whether what the operator says of a device is still what it saw,
+// and if so makes the write fit the version that is there now.
+func (r *round) onlyOthersWrote(ctx context.Context, seen client.Object, u *unstructured.Unstructured) bool {
+	was, ok := seen.(*v1alpha1.Device)
+	var now v1alpha1.Device
+	if !ok || r.Live.Get(ctx, client.ObjectKeyFromObject(seen), &now) != nil {
+		return false
+	}
+	if now.UID != was.UID || now.Status.PublicKey != was.Status.PublicKey || !slices.Equal(now.Status.Addresses, was.Status.Addresses) {
+		return false
+	}
+	u.SetResourceVersion(now.ResourceVersion)
+	return true
 }
 
 // tell makes an event of a turn that people may have to do something about, and of its end.
