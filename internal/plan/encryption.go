@@ -71,7 +71,7 @@ type encryptionPlanner struct {
 	out   *EncryptionResult
 	own   model.Node
 
-	pods    []netip.Prefix // of the cluster
+	pods    []netip.Prefix            // of the cluster
 	claimed map[string][]netip.Prefix // by node
 	wg      netstate.WireGuard
 	outer   netstate.Family // IPv6 when any peer is reached over it

@@ -42,7 +42,7 @@ func sniff(t testing.TB, h *labtest.Host, link string) *capture {
 	c := &capture{where: h.Name + " " + link, all: map[packet]int{}}
 	fd := -1
 	h.Do(func() (err error) {
-		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, int(htons(unix.ETH_P_ALL)))
+		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0) // nothing before it is bound to the link
 		if err != nil {
 			return err
 		}

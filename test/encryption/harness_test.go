@@ -122,6 +122,7 @@ func (c *cluster) addNode(i int) *node {
 	answer(c.t, n.pod, fmt.Sprintf("10.244.%d.7", i), fmt.Sprintf("fd00:244:%d::7", i))
 	answer(c.t, n.Host, fmt.Sprintf("172.30.0.1%d", i), fmt.Sprintf("fd00:30::1%d", i))
 	c.nodes = append(c.nodes, n)
+	c.t.Cleanup(n.forget)
 	c.publish(n)
 	return n
 }
@@ -163,8 +164,8 @@ func (n *node) podAddr(family int) string {
 }
 
 // facts are what the node's agent knows.
-func (n *node) facts() plan.NodeFacts {
-	api := n.c.nodes[0].model.Addresses[0]
+func (n *node) facts() (plan.NodeFacts, error) {
+	api := n.c.model.Nodes[0].Addresses[0]
 	f := plan.NodeFacts{Node: n.model, Encryption: plan.EncryptionFacts{
 		PrivateKey: secret.New(n.key[:]), PublicKey: netstate.Key(n.key.PublicKey()), Local: []string{"cni0"}, Enforced: n.enforced,
 		Pods: n.c.podRanges, Alive: map[netstate.Key]bool{}, Met: map[netstate.Key]bool{},
@@ -176,7 +177,7 @@ func (n *node) facts() plan.NodeFacts {
 	if n.wg != nil {
 		list, err := n.wg.Observe(context.Background())
 		if err != nil {
-			n.c.t.Fatal(err)
+			return f, err
 		}
 		for _, d := range list {
 			for _, p := range d.Peers {
@@ -188,18 +189,15 @@ func (n *node) facts() plan.NodeFacts {
 	if n.more != nil {
 		n.more(&f)
 	}
-	return f
+	return f, nil
 }
 
-func (n *node) plan() plan.NodeResult { return plan.Node(&n.c.model, n.facts()) }
-
 // open opens the appliers in the node's namespace.
-func (n *node) open() {
-	n.c.t.Helper()
+func (n *node) open() error {
 	if n.guard != nil {
-		return
+		return nil
 	}
-	n.Do(func() (err error) {
+	return n.inside(func() error {
 		var errs [4]error
 		n.route, errs[0] = route.New(route.Options{})
 		n.nft, errs[1] = nft.New(nft.Options{})
@@ -207,21 +205,37 @@ func (n *node) open() {
 		n.wg, errs[3] = wireguard.New(wireguard.Options{})
 		return errors.Join(errs[:]...)
 	})
-	n.c.t.Cleanup(func() {
-		if n.wg != nil {
-			_ = n.wg.Close()
-		}
-		_ = n.route.Detach()
-	})
 }
 
-// apply brings the node to what is planned, as its agent does.
-func (n *node) apply() (changed int) {
-	n.c.t.Helper()
-	n.open()
-	s := n.plan().State
+// forget lets go of the appliers and leaves what they made, but for a device in user space.
+func (n *node) forget() {
+	if n.guard != nil {
+		_ = n.route.Detach()
+		_ = n.wg.Close()
+	}
+	n.route, n.nft, n.guard, n.wg = nil, nil, nil, nil
+}
+
+// inside runs f in the node's namespace.
+func (n *node) inside(f func() error) error {
+	if n.Host == nil { // a process of its own
+		return f()
+	}
+	return n.Host.Host.Do(f)
+}
+
+// set brings the node to what is planned, as its agent does.
+func (n *node) set() (changed int, err error) {
+	if err := n.open(); err != nil {
+		return 0, err
+	}
+	facts, err := n.facts()
+	if err != nil {
+		return 0, err
+	}
+	s := plan.Node(&n.c.model, facts).State
 	ctx := context.Background()
-	n.Do(func() error {
+	err = n.inside(func() error {
 		var errs []error
 		for _, set := range []func() (int, error){
 			func() (int, error) { return n.guard.Set(ctx, s.Guard) },
@@ -237,7 +251,25 @@ func (n *node) apply() (changed int) {
 		}
 		return errors.Join(errs...)
 	})
+	return changed, err
+}
+
+func (n *node) apply() (changed int) {
+	n.c.t.Helper()
+	changed, err := n.set()
+	if err != nil {
+		n.c.t.Fatalf("%s: %v", n.Name, err)
+	}
 	return changed
+}
+
+// observe reads the node's guard.
+func (n *node) observe() (o guard.Observation, err error) {
+	if err := n.open(); err != nil {
+		return o, err
+	}
+	err = n.inside(func() error { o, err = n.guard.Observe(); return err })
+	return o, err
 }
 
 // encrypt brings all nodes to what is planned; the second time changes nothing.

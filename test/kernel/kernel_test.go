@@ -27,6 +27,7 @@ var suites = []suite{
 	{pkg: "./test/kernel/inside"},
 	{pkg: "./internal/wireguard", skip: "TestScale|TestRestartWithAThousandBehindOneAddress|TestOthersLoseNothing|.*/^userspace$|TestSmallUnderlay/.*/userspace"},
 	{pkg: "./test/netlab", run: "TestKernelDatapath"},
+	{pkg: "./test/encryption", run: "TestPods|TestAll|TestUndoneByHand|TestPeerRemoved|TestSpoofed"},
 	{pkg: "./internal/ipsec", skip: "TestExternalDaemon|TestHostileStrings|TestKeysAreNowhere|TestInitiateNever|TestPresharedKeyCarriesTraffic|TestTwoKeys|TestPortIsTaken|" +
 		"TestFailureWithCertificates/(expired|not_yet|stale|another)|TestFailureWithPresharedKey/(wrong|unknown|SHA|modp|weak|other|nobody)"},
 	{pkg: "./internal/route", run: "TestXFRMLinks|TestSecondSet|TestUnreachableBehind"},
