@@ -56,7 +56,7 @@ none is believed.
 
 On SIGTERM /readyz says no, new connections are refused after --drain-delay, and those under
 way go on for --drain-timeout. A successor may listen on the same port meanwhile.`,
-		Example: `  culvert front --routes routes.yaml --listen :8443 --http 127.0.0.1:9587
+		Example: `  culvert front --routes routes.yaml --listen :8443 --http 127.0.0.1:9590
   culvert front --routes routes.yaml --listen :443 --listen :8132 --proxy-protocol-from 10.0.0.0/8
   curl --proxy http://front.example.com:8443 https://h0-3f2a91c4.front.example.com/`,
 		Args: usage.NoArgs,
@@ -111,7 +111,7 @@ func frontFlags(f *pflag.FlagSet, o *front.RunOptions) {
 	f.IntVar(&o.TenantBurst, "tenant-burst", front.DefaultBurst, "new connections at once of one tenant")
 	f.DurationVar(&o.DrainDelay, "drain-delay", 0, "after SIGTERM: still take new connections, for load balancers to notice /readyz")
 	f.DurationVar(&o.DrainTimeout, "drain-timeout", time.Minute, "then: until connections under way are reset")
-	f.StringVar(&o.HTTP, "http", "127.0.0.1:9587", "address:port for /healthz, /readyz and /metrics; empty: none")
+	f.StringVar(&o.HTTP, "http", "127.0.0.1:9590", "address:port for /healthz, /readyz and /metrics; empty: none")
 	f.BoolVar(&o.PProf, "pprof", false, "serve /debug/pprof beside the metrics")
 }
 

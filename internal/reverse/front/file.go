@@ -70,39 +70,49 @@ func (f *file) read() (t Table, changed bool, err error) {
 // How the file is followed.
 const (
 	settle   = 50 * time.Millisecond // an editor writes in several steps
-	pollFile = 5 * time.Second       // what notifications miss: network file systems
+	pollFile = 2 * time.Second       // what notifications miss: network file systems
 )
 
 // watch calls look whenever the file may have changed, until ctx ends. It watches the
-// directory, since editors replace files and Kubernetes replaces a link beside them.
+// directory, since editors replace files and Kubernetes replaces a link beside them. On a
+// host that grants no more inotify instances (fs.inotify.max_user_instances) it looks now
+// and then.
 func (f *file) watch(ctx context.Context, look func()) error {
-	w, err := fsnotify.NewWatcher()
-	if err != nil {
-		return fmt.Errorf("watch %s: %w", f.path, err)
-	}
-	defer func() { _ = w.Close() }()
-	if err := w.Add(filepath.Dir(f.path)); err != nil {
-		return fmt.Errorf("watch %s: %w", f.path, err)
-	}
+	events, lost, stop := f.notifications()
+	defer stop()
 	tick := time.NewTicker(pollFile)
 	defer tick.Stop()
-	look() // what changed before the watch began
 	for {
+		look() // the first time: what changed before the watch began
 		select {
 		case <-ctx.Done():
 			return ctx.Err()
 		case <-tick.C:
-		case <-w.Events:
-			if !quiet(ctx, w.Events) {
+		case <-events:
+			if !quiet(ctx, events) {
 				return ctx.Err()
 			}
-		case _, ok := <-w.Errors: // events were lost; the file itself is what counts
+		case _, ok := <-lost: // the file itself is what counts
 			if !ok {
 				return fmt.Errorf("watch %s: %w", f.path, fsnotify.ErrClosed)
 			}
 		}
-		look()
 	}
+}
+
+// notifications are those of the file's directory; nil channels when there are none to be
+// had.
+func (f *file) notifications() (events <-chan fsnotify.Event, lost <-chan error, stop func()) {
+	w, err := fsnotify.NewWatcher()
+	if err != nil {
+		return nil, nil, func() {}
+	}
+	stop = func() { _ = w.Close() }
+	if err := w.Add(filepath.Dir(f.path)); err != nil {
+		stop()
+		return nil, nil, func() {}
+	}
+	return w.Events, w.Errors, stop
 }
 
 // quiet waits until nothing happens for a moment; false means that ctx ended.

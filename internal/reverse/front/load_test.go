@@ -276,6 +276,11 @@ func TestNothingIsLeftBehind(t *testing.T) {
 	if f.limits.total != 0 || f.limits.pending.Len() != 0 || f.limits.tenants["a.example.com"].open != 0 {
 		t.Errorf("the limits count %d open, %d pending", f.limits.total, f.limits.pending.Len())
 	}
+	for address, b := range f.backends {
+		if n := b.open.Load(); n != 0 {
+			t.Errorf("the backend %s counts %d connections", address, n)
+		}
+	}
 }
 
 // 1,000 spokes with two connections each come back after a restart of the front within

@@ -355,3 +355,34 @@ func TestSuccessor(t *testing.T) {
 	default:
 	}
 }
+
+// Without notifications (none to be had on this host, or no such directory) the file is
+// looked at now and then.
+func TestWatchWithoutNotifications(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "later")
+	f := &file{path: filepath.Join(dir, "routes.yaml")}
+	ctx, cancel := context.WithCancel(t.Context())
+	found := make(chan struct{})
+	var once sync.Once
+	done := make(chan error, 1)
+	go func() {
+		done <- f.watch(ctx, func() {
+			if _, changed, err := f.read(); changed && err == nil {
+				once.Do(func() { close(found) })
+			}
+		})
+	}()
+	if err := os.Mkdir(dir, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, dir, "routes.yaml", "routes: []")
+	select {
+	case <-found:
+	case <-time.After(2 * pollFile):
+		t.Error("the file was not found")
+	}
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Error(err)
+	}
+}
