@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"maps"
 	"net/netip"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -215,7 +216,7 @@ func (a *Agent) apply(ctx context.Context, s netstate.State, n node) {
 
 // setLinkAddresses tells the gateways by which other addresses this node sends to them.
 func (a *Agent) setLinkAddresses(ctx context.Context, n node) (int, error) {
-	if n.linkAddresses == nil || equalAddrs(n.linkAddresses, n.facts.Node.LinkAddresses) {
+	if slices.Equal(n.linkAddresses, n.facts.Node.LinkAddresses) {
 		return 0, nil
 	}
 	ctx, cancel := context.WithTimeout(ctx, callTimeout)

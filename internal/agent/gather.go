@@ -17,8 +17,7 @@ type node struct {
 	problems []model.Problem
 	facts    plan.NodeFacts
 	local    []plan.GatewayPod // the gateway pods on this node
-	// linkAddresses are the further addresses that this node sends to gateway pods from;
-	// nil: there is nobody to tell.
+	// linkAddresses are the further addresses that this node sends to gateway pods from.
 	linkAddresses []netip.Addr
 }
 
@@ -120,13 +119,12 @@ func (a *Agent) look(ctx context.Context, n *node) {
 		}
 	}
 	if len(n.model.Gateways) == 0 {
-		return
+		return // and there is nobody to tell
 	}
 	// Where a gateway may come to be: its first packets must not wait for the news.
 	for _, c := range n.facts.Node.PodCIDRs {
 		consider(c.Addr().Next().Next())
 	}
-	n.linkAddresses = []netip.Addr{}
 	for s := range sources {
 		n.linkAddresses = append(n.linkAddresses, s)
 	}
@@ -140,5 +138,3 @@ func (a *Agent) look(ctx context.Context, n *node) {
 		}
 	}
 }
-
-func equalAddrs(a, b []netip.Addr) bool { return slices.Equal(a, b) }

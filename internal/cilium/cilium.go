@@ -49,8 +49,9 @@ type Cilium struct {
 	log    *slog.Logger
 	wake   chan struct{}
 
-	mu   sync.Mutex
-	want map[name][]netip.Prefix // by pod; nil: Set was not called yet
+	mu            sync.Mutex
+	want          map[name][]netip.Prefix // by pod; nil: Set was not called yet
+	unmasqueraded []netip.Prefix
 }
 
 type name struct{ namespace, name string }
@@ -74,18 +75,20 @@ func New(o Options) *Cilium {
 	return &Cilium{client: o.Client, log: o.Logger, wake: make(chan struct{}, 1)}
 }
 
-// Set says which gateway pods there are, all of them, and what is behind each. A pod that
+// Set says which gateway pods there are, all of them, and what is behind each; and which
+// ranges are not to be masqueraded, whether a pod leads to them just now or not. A pod that
 // is left out is gone, or never had ranges: its CiliumEndpoint is not looked at any more.
 // Set returns at once; Run does the work.
-func (c *Cilium) Set(want []Endpoint) {
+func (c *Cilium) Set(want []Endpoint, unmasqueraded []netip.Prefix) {
 	next := make(map[name][]netip.Prefix, len(want))
 	for _, e := range want {
 		ranges := slices.Clone(e.Ranges)
 		slices.SortFunc(ranges, netstate.ComparePrefixes)
 		next[name{e.Namespace, e.Pod}] = slices.Compact(ranges)
 	}
+	unmasqueraded = slices.SortedFunc(slices.Values(unmasqueraded), netstate.ComparePrefixes)
 	c.mu.Lock()
-	c.want = next
+	c.want, c.unmasqueraded = next, slices.Compact(unmasqueraded)
 	c.mu.Unlock()
 	select {
 	case c.wake <- struct{}{}:
@@ -97,6 +100,12 @@ func (c *Cilium) wanted() map[name][]netip.Prefix {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	return c.want
+}
+
+func (c *Cilium) kept() []netip.Prefix {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.unmasqueraded
 }
 
 // Run does what Set asks for until ctx ends. What was written stays then.

@@ -17,7 +17,10 @@ import (
 // setEndpoint makes the ranges in a pod's CiliumEndpoint those that are wanted.
 func (c *Cilium) setEndpoint(ctx context.Context, k name, o *unstructured.Unstructured) error {
 	have, found, err := unstructured.NestedSlice(o.Object, "status", "networking", "addressing")
-	if err != nil || !found {
+	if err != nil {
+		return fmt.Errorf("CiliumEndpoint %s/%s: status.networking.addressing is no list: is it a Cilium of 1.10 or later?", k.namespace, k.name)
+	}
+	if !found {
 		return nil // Cilium has not filled it in yet, and will
 	}
 	want := addressing(have, c.wanted()[k])

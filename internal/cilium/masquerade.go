@@ -12,8 +12,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"sigs.k8s.io/yaml"
-
-	"github.com/culvert-vpn/culvert/internal/netstate"
 )
 
 // The configuration of the agent that decides what is masqueraded, Cilium's own or the
@@ -43,13 +41,8 @@ var implied = []string{
 // setMasquerade makes our part of the list what is wanted. A ConfigMap that is not there is
 // not made: whoever masquerades in another way has no use for it.
 func (c *Cilium) setMasquerade(ctx context.Context, o *unstructured.Unstructured) error {
-	var ranges []netip.Prefix
-	for _, r := range c.wanted() {
-		ranges = append(ranges, r...)
-	}
-	slices.SortFunc(ranges, netstate.ComparePrefixes)
-	next := o.DeepCopy()
-	changed, err := merge(next, slices.Compact(ranges))
+	next, ranges := o.DeepCopy(), c.kept()
+	changed, err := merge(next, ranges)
 	if err != nil {
 		return fmt.Errorf("ConfigMap %s/%s: %w", masqNamespace, masqName, err)
 	}

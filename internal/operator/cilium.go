@@ -2,6 +2,7 @@ package operator
 
 import (
 	"fmt"
+	"net/netip"
 
 	"k8s.io/client-go/dynamic"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
@@ -11,7 +12,7 @@ import (
 )
 
 // addCilium lets the leader keep Cilium's objects; nil when it is not asked for.
-func addCilium(m manager.Manager, o Options) (func([]cilium.Endpoint), error) {
+func addCilium(m manager.Manager, o Options) (func([]cilium.Endpoint, []netip.Prefix), error) {
 	if !o.Cilium {
 		return nil, nil
 	}
@@ -33,7 +34,10 @@ func (r *round) tellCilium() {
 		return
 	}
 	var list []cilium.Endpoint
+	var ranges []netip.Prefix
 	for _, gw := range r.model.Gateways {
+		behind := plan.BehindGateway(gw)
+		ranges = append(ranges, behind...)
 		o := r.seen.gateways[gw.ID]
 		if o == nil {
 			continue
@@ -41,10 +45,10 @@ func (r *round) tellCilium() {
 		for _, pod := range o.Status.Endpoints {
 			e := cilium.Endpoint{Namespace: gw.Namespace, Pod: pod.Pod}
 			if pod.Active {
-				e.Ranges = plan.BehindGateway(gw)
+				e.Ranges = behind
 			}
 			list = append(list, e)
 		}
 	}
-	r.Behind(list)
+	r.Behind(list, ranges)
 }

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/netip"
 	"time"
 
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -41,8 +42,9 @@ type Config struct {
 	// ServiceAccount is the operator's own: it grants itself single Secrets. No name: it
 	// needs no grant.
 	ServiceAccount model.ID
-	// Behind is told, each round, which ranges lie behind which gateway pod; nil: nobody is.
-	Behind func([]cilium.Endpoint)
+	// Behind is told, each round, which ranges lie behind which gateway pod, and which ones
+	// nobody may masquerade; nil: nobody is told.
+	Behind func(pods []cilium.Endpoint, unmasqueraded []netip.Prefix)
 	// Event tells people of a transition; nil: nobody.
 	Event  func(o runtime.Object, warning bool, reason, message string)
 	Logger *slog.Logger
