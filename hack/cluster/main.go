@@ -91,8 +91,8 @@ func up(ctx context.Context, o cluster.Options) error {
 
 A node, from the inside: nsenter --target %d --all
 The outside (198.18.0.0/15): ip netns exec %s …
-Remove it: make cluster-down
-`, c.Kubeconfig(), strings.TrimSuffix(c.Program("/"), "/"), c.Nodes[0].PID(), c.Outside.Namespace)
+Remove it: make cluster-down NAME=%s
+`, c.Kubeconfig(), strings.TrimSuffix(c.Program("/"), "/"), c.Nodes[0].PID(), c.Outside.Namespace, c.Name)
 	return nil
 }
 

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"os"
 	"regexp"
 	"strconv"
 	"strings"
@@ -24,15 +25,7 @@ import (
 // TestCluster holds the cluster itself to what every other test takes for granted.
 func TestCluster(t *testing.T) {
 	c := clustertest.Start(t, cluster.Options{})
-	c.Namespace("ground")
-	var pods strings.Builder
-	for _, n := range c.Nodes {
-		pods.WriteString(serverPod("ground", n.Name))
-	}
-	pods.WriteString(groundService)
-	c.Apply(pods.String())
-	c.Wait("ground", "-l", "app=ground")
-
+	startGround(c)
 	t.Run("nodes", func(t *testing.T) { testNodes(t, c) })
 	t.Run("pods reach pods", func(t *testing.T) { testPods(t, c) })
 	t.Run("services and names", func(t *testing.T) { testServices(t, c) })
@@ -47,6 +40,49 @@ func TestCluster(t *testing.T) {
 	t.Run("API", func(t *testing.T) { testAPI(t, c) })
 	t.Run("anti-spoofing", func(t *testing.T) { testSpoofing(t, c) })
 	t.Run("faults", func(t *testing.T) { testFaults(t, c) })
+}
+
+// The same between subnets, where only the router knows the way, at the smallest MTU.
+func TestClusterOfTwoSubnets(t *testing.T) {
+	if os.Getenv("CULVERT_CLUSTER") != "" {
+		labtest.Skip(t, "needs a cluster with options of its own")
+	}
+	c := clustertest.Start(t, cluster.Options{Nodes: 3, TwoSubnets: true, MTU: 1280})
+	startGround(c)
+	for i, n := range c.Nodes {
+		if want := []string{"172.30.0.11", "172.30.1.12", "172.30.0.13"}[i]; n.IPs()[0].String() != want {
+			t.Errorf("%s has the address %s, want %s", n.Name, n.IPs()[0], want)
+		}
+	}
+	t.Run("nodes", func(t *testing.T) { testNodes(t, c) })
+	for _, last := range c.Nodes[1:] { // in the other subnet, and in the same
+		t.Run("pods reach pods of "+last.Name, func(t *testing.T) { testPodsOf(t, c, c.Nodes[0], last) })
+	}
+	t.Run("services and names", func(t *testing.T) { testServices(t, c) })
+	t.Run("anti-spoofing", func(t *testing.T) { testSpoofing(t, c) })
+	t.Run("MTU", func(t *testing.T) {
+		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
+		defer cancel()
+		to := c.Nodes[1].IPs()[0].String()
+		if out, err := c.Nodes[0].Output(ctx, "ping", "-c1", "-W2", "-M", "do", "-s", "1252", to); err != nil {
+			t.Errorf("1280 bytes do not pass: %v: %s", err, out)
+		}
+		if out, err := c.Nodes[0].Output(ctx, "ping", "-c1", "-W2", "-M", "do", "-s", "1253", to); err == nil {
+			t.Errorf("1281 bytes pass: %s", out)
+		}
+	})
+}
+
+// startGround runs a server on every node, behind one service.
+func startGround(c *clustertest.Cluster) {
+	c.Namespace("ground")
+	var pods strings.Builder
+	for _, n := range c.Nodes {
+		pods.WriteString(serverPod("ground", n.Name))
+	}
+	pods.WriteString(groundService)
+	c.Apply(pods.String())
+	c.Wait("ground", "-l", "app=ground")
 }
 
 // serverPod is a pod with the test server on a node.
@@ -114,9 +150,29 @@ func fetch(t *testing.T, c *clustertest.Cluster, pod, url, want string) {
 	})
 }
 
+// fetchAll gets a service's URL from within a pod until every node's server has answered.
+func fetchAll(t *testing.T, c *clustertest.Cluster, pod, url string) {
+	t.Helper()
+	labtest.Eventually(t, 20*time.Second, pod+" gets "+url+" from every node", func() error {
+		out, err := c.Exec("ground", pod, "sh", "-c", "for i in 1 2 3 4 5 6 7 8; do /server get "+url+" || exit; done")
+		if err != nil {
+			return err
+		}
+		for _, n := range c.Nodes {
+			if !strings.Contains(out, "node="+n.Name+"\n") {
+				return fmt.Errorf("no answer from %s in:\n%s", n.Name, out)
+			}
+		}
+		return nil
+	})
+}
+
 func testPods(t *testing.T, c *clustertest.Cluster) {
-	first, last := "on-"+c.Nodes[0].Name, "on-"+c.Nodes[len(c.Nodes)-1].Name
-	for _, pair := range [][2]string{{first, last}, {last, first}} {
+	testPodsOf(t, c, c.Nodes[0], c.Nodes[len(c.Nodes)-1])
+}
+
+func testPodsOf(t *testing.T, c *clustertest.Cluster, first, last *cluster.Node) {
+	for _, pair := range [][2]string{{"on-" + first.Name, "on-" + last.Name}, {"on-" + last.Name, "on-" + first.Name}} {
 		from, to := podIPs(c, "ground", pair[0]), podIPs(c, "ground", pair[1])
 		if len(from) != 2 || len(to) != 2 {
 			t.Fatalf("pods with addresses %v and %v: want one of each family", from, to)
@@ -133,12 +189,8 @@ func testServices(t *testing.T, c *clustertest.Cluster) {
 		t.Fatalf("service addresses %v: want one of each family", ips)
 	}
 	for _, n := range c.Nodes {
-		for _, other := range c.Nodes {
-			// Every server must come up behind the service, seen from every node.
-			for _, ip := range ips {
-				url := "http://" + netip.AddrPortFrom(netip.MustParseAddr(ip), 80).String() + "/"
-				fetch(t, c, "on-"+n.Name, url, "node="+other.Name)
-			}
+		for _, ip := range ips {
+			fetchAll(t, c, "on-"+n.Name, "http://"+netip.AddrPortFrom(netip.MustParseAddr(ip), 80).String()+"/")
 		}
 		fetch(t, c, "on-"+n.Name, "http://web.ground.svc.cluster.local/", "client=")
 	}

@@ -173,7 +173,11 @@ func Start(ctx context.Context, options Options) (_ *Cluster, err error) {
 		return nil, fmt.Errorf("remove an earlier cluster %s: %w", c.Name, err)
 	}
 	defer func() {
-		if err != nil && !options.Keep {
+		switch {
+		case err == nil:
+		case options.Keep:
+			err = fmt.Errorf("%w\nwhat was started is left for a look, with logs in %s; remove it with 'make cluster-down NAME=%s'", err, c.path("log"), c.Name)
+		default:
 			err = errors.Join(err, Remove(c.Name))
 		}
 	}()
