@@ -5,6 +5,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"strings"
 	"testing"
 	"time"
@@ -148,6 +149,23 @@ func TestTimeouts(t *testing.T) {
 		time.Sleep(400 * time.Millisecond)
 		if err := echo(secure, []byte("alive")); err != nil {
 			t.Fatal(err)
+		}
+	}
+}
+
+// One customer is an address, or an IPv6 /64.
+func TestSourceKey(t *testing.T) {
+	for a, want := range map[string]string{
+		"192.0.2.7":               "192.0.2.7",
+		"::ffff:192.0.2.7":        "192.0.2.7",
+		"2001:db8:0:1:2:3:4:5":    "2001:db8:0:1::",
+		"2001:db8:0:1:ffff::1":    "2001:db8:0:1::",
+		"fe80::1%eth0":            "fe80::",
+		"2001:db8:0:2::1":         "2001:db8:0:2::",
+		"::ffff:198.51.100.1%lo0": "198.51.100.1",
+	} {
+		if got := sourceKey(netip.MustParseAddr(a)); got.String() != want {
+			t.Errorf("%s counts as %s, want %s", a, got, want)
 		}
 	}
 }

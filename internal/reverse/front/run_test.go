@@ -362,7 +362,7 @@ func TestWatchWithoutNotifications(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "later")
 	f := &file{path: filepath.Join(dir, "routes.yaml")}
 	ctx, cancel := context.WithCancel(t.Context())
-	found := make(chan struct{})
+	begun, found := make(chan struct{}, 1), make(chan struct{})
 	var once sync.Once
 	done := make(chan error, 1)
 	go func() {
@@ -370,8 +370,13 @@ func TestWatchWithoutNotifications(t *testing.T) {
 			if _, changed, err := f.read(); changed && err == nil {
 				once.Do(func() { close(found) })
 			}
+			select {
+			case begun <- struct{}{}:
+			default:
+			}
 		})
 	}()
+	<-begun
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		t.Fatal(err)
 	}
