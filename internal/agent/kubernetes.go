@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/netip"
 	"strings"
+	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -14,6 +15,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/watch"
 	"k8s.io/client-go/metadata"
 	"k8s.io/client-go/rest"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -39,6 +41,7 @@ type Kubernetes struct {
 	opts     KubernetesOptions
 	client   client.Client
 	metadata metadata.Interface
+	removed  atomic.Bool // the DaemonSet was seen being deleted
 }
 
 var daemonSets = schema.GroupVersionResource{Group: "apps", Version: "v1", Resource: "daemonsets"}
@@ -59,6 +62,53 @@ func NewKubernetes(opts KubernetesOptions) (*Kubernetes, error) {
 	return &Kubernetes{API: api, opts: opts, client: c, metadata: m}, nil
 }
 
+// Watch implements Cluster. When the agent's DaemonSet is deleted it takes the Node's
+// annotation away at once: moments later the agent will not be allowed to any more.
+func (k *Kubernetes) Watch(ctx context.Context) (<-chan struct{}, error) {
+	if k.opts.DaemonSet != "" {
+		go k.watchDaemonSet(ctx)
+	}
+	return k.API.Watch(ctx)
+}
+
+// watchDaemonSet ends when the DaemonSet is being deleted; without the right to look it
+// tries for ever, now and then.
+func (k *Kubernetes) watchDaemonSet(ctx context.Context) {
+	own := k.metadata.Resource(daemonSets).Namespace(k.opts.Namespace)
+	for ctx.Err() == nil {
+		w, err := own.Watch(ctx, metav1.ListOptions{FieldSelector: "metadata.name=" + k.opts.DaemonSet})
+		if err == nil {
+			removed := deleted(w.ResultChan())
+			w.Stop()
+			if removed {
+				k.removed.Store(true)
+				// Best effort: it is only an annotation.
+				if err := k.SetLinkAddresses(ctx, k.opts.Node, nil); err != nil && k.opts.Logger != nil {
+					k.opts.Logger.Info("the node's annotation stays", "error", err)
+				}
+				return
+			}
+		}
+		select {
+		case <-ctx.Done():
+		case <-time.After(watchPause):
+		}
+	}
+}
+
+const watchPause = 5 * time.Second
+
+// deleted waits for the end of a watch; true when the object is being deleted.
+func deleted(events <-chan watch.Event) bool {
+	for e := range events {
+		o, ok := e.Object.(metav1.Object)
+		if e.Type == watch.Deleted || ok && o.GetDeletionTimestamp() != nil {
+			return true
+		}
+	}
+	return false
+}
+
 // SetLinkAddresses implements Cluster.
 func (k *Kubernetes) SetLinkAddresses(ctx context.Context, node string, addrs []netip.Addr) error {
 	list := make([]string, len(addrs))
@@ -73,6 +123,9 @@ func (k *Kubernetes) SetLinkAddresses(ctx context.Context, node string, addrs []
 	if err != nil {
 		return err
 	}
+	if k.removed.Load() && len(addrs) > 0 {
+		return nil // not any more
+	}
 	o := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: node}}
 	return k.client.Patch(ctx, o, client.RawPatch(types.MergePatchType, patch))
 }
@@ -83,6 +136,9 @@ func (k *Kubernetes) SetLinkAddresses(ctx context.Context, node string, addrs []
 func (k *Kubernetes) Removed(ctx context.Context) (bool, error) {
 	if k.opts.DaemonSet == "" {
 		return false, nil
+	}
+	if k.removed.Load() {
+		return true, nil
 	}
 	for {
 		o, err := k.metadata.Resource(daemonSets).Namespace(k.opts.Namespace).Get(ctx, k.opts.DaemonSet, metav1.GetOptions{})
