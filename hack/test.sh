@@ -17,6 +17,7 @@ case "$1" in
 unit)
 	packages=$(comm -23 <(go list ./... | grep -v -E "^$module/test/(kernel|cluster)" | sort) <(namespaces))
 	hack/layer.sh "unit and golden tests: $(wc -w <<<"$packages") packages"
+	hack/helm.sh >/dev/null # not in a test's time
 	flags=(-timeout 5m)
 	;;
 netlab)
@@ -36,6 +37,8 @@ cluster)
 	packages=./test/cluster/...
 	hack/layer.sh "tests in a real Kubernetes cluster of two nodes"
 	hack/kubernetes.sh >/dev/null
+	hack/helm.sh >/dev/null
+	hack/image.sh
 	flags=(-timeout 25m -p 1)
 	;;
 *)

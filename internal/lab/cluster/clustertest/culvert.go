@@ -1,0 +1,150 @@
+package clustertest
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+)
+
+// System is the namespace that Install installs Culvert into.
+const System = "culvert-system"
+
+// Release is the name of the Helm release that Install makes.
+const Release = "culvert"
+
+// helmTimeout is for helm with its hooks, and for building it the first time.
+const helmTimeout = 10 * time.Minute
+
+// root is this module's directory.
+var root = sync.OnceValues(func() (string, error) {
+	out, err := exec.Command("go", "env", "GOMOD").Output()
+	return filepath.Dir(strings.TrimSpace(string(out))), err
+})
+
+// built makes the image of this checkout, once per process; CULVERT_IMAGE=FILE in the
+// environment is one that is built already.
+var built = sync.OnceValues(func() (archive string, err error) {
+	if file := os.Getenv("CULVERT_IMAGE"); file != "" {
+		return file, nil
+	}
+	dir, err := root()
+	if err != nil {
+		return "", err
+	}
+	out, err := exec.Command(filepath.Join(dir, "hack/image.sh")).CombinedOutput()
+	if err != nil {
+		return "", fmt.Errorf("hack/image.sh: %w: %s", err, out)
+	}
+	return filepath.Join(dir, ".cache/image/culvert.tar"), nil
+})
+
+// LoadCulvert builds Culvert's image from this checkout and loads it into every node.
+func (c *Cluster) LoadCulvert() {
+	c.t.Helper()
+	archive, err := built()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	c.Load(archive)
+}
+
+// Chart is the path of the chart in this checkout.
+func (c *Cluster) Chart() string {
+	c.t.Helper()
+	dir, err := root()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return filepath.Join(dir, "charts/culvert")
+}
+
+// Install loads Culvert's image into the nodes and installs the chart with further
+// arguments of helm ("--set", "--values" …). At the test's end it is uninstalled, and
+// its CRDs, with all objects, are removed.
+func (c *Cluster) Install(args ...string) {
+	c.t.Helper()
+	c.LoadCulvert()
+	c.t.Cleanup(c.remove)
+	c.Helm(append([]string{"install", Release, c.Chart(), "--namespace", System, "--create-namespace", "--wait", "--timeout=2m"}, c.image(args)...)...)
+}
+
+// Upgrade upgrades what Install installed; args replace those of before.
+func (c *Cluster) Upgrade(args ...string) {
+	c.t.Helper()
+	c.Helm(append([]string{"upgrade", Release, c.Chart(), "--namespace", System, "--wait", "--timeout=2m"}, c.image(args)...)...)
+}
+
+// image adds what makes the chart use the image that LoadCulvert loaded.
+func (c *Cluster) image(args []string) []string {
+	return append([]string{"--set", "image.repository=culvert.dev/culvert,image.tag=dev,image.pullPolicy=Never"}, args...)
+}
+
+func (c *Cluster) remove() {
+	c.t.Helper()
+	if out, err := c.TryHelm("uninstall", Release, "--namespace", System, "--ignore-not-found"); err != nil {
+		c.t.Errorf("%v: %s", err, out)
+	}
+	crds, err := c.TryKubectl("get", "crd", "-o", "name")
+	if err != nil {
+		c.t.Error(err)
+	}
+	doomed := []string{"delete", "--ignore-not-found", "--timeout=60s", "namespace/" + System}
+	for name := range strings.FieldsSeq(crds) {
+		if strings.HasSuffix(name, ".culvert.dev") {
+			doomed = append(doomed, name)
+		}
+	}
+	if out, err := c.TryKubectl(doomed...); err != nil {
+		c.t.Errorf("%v: %s", err, out)
+	}
+}
+
+// For is the cluster for a subtest, whose end undoes what was done through it.
+func (c *Cluster) For(t testing.TB) *Cluster { return &Cluster{Cluster: c.Cluster, t: t} }
+
+// Helm runs the helm that hack/helm pins and returns what it printed.
+func (c *Cluster) Helm(args ...string) string {
+	c.t.Helper()
+	out, err := c.TryHelm(args...)
+	if err != nil {
+		pods, _ := c.TryKubectl("-n", System, "get", "pods,events", "-o", "wide")
+		c.t.Fatalf("%v\n%s", err, pods)
+	}
+	return out
+}
+
+// TryHelm is Helm for what may fail.
+func (c *Cluster) TryHelm(args ...string) (string, error) {
+	dir, err := root()
+	if err != nil {
+		return "", err
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), helmTimeout)
+	defer cancel()
+	var errs bytes.Buffer
+	find := exec.CommandContext(ctx, filepath.Join(dir, "hack/helm.sh"))
+	find.Stderr = &errs
+	path, err := find.Output()
+	if err != nil {
+		return "", fmt.Errorf("hack/helm.sh: %w: %s", err, &errs)
+	}
+	home, err := os.MkdirTemp("", "helm-*") // not the test's: it may be ending
+	if err != nil {
+		return "", err
+	}
+	defer func() { _ = os.RemoveAll(home) }()
+	helm := exec.CommandContext(ctx, strings.TrimSpace(string(path)), args...)
+	helm.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig(), "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home)
+	out, err := helm.CombinedOutput()
+	if err != nil {
+		return string(out), fmt.Errorf("helm %s: %w: %s", strings.Join(args, " "), err, out)
+	}
+	return string(out), nil
+}
