@@ -107,6 +107,7 @@ func RunHub(ctx context.Context, opts HubOptions) error {
 		return errors.Join(err, g.Wait())
 	}
 	g.Go("follow", func(ctx context.Context) error { h.follow(ctx, changed); return nil })
+	settleMemory()
 	opts.Logger.Info("hub runs", "remoteCluster", c.ID, "uid", h.uid, "replica", opts.Replica, "serverName", wire.HubServerName(h.uid, opts.Replica, c.FrontName), "spokes", opts.Spokes, "clients", opts.Clients)
 	return g.Wait()
 }

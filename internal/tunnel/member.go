@@ -13,6 +13,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"sigs.k8s.io/yaml"
@@ -211,7 +212,7 @@ func (m *member) request(ctx context.Context, token string, key *ecdsa.PrivateKe
 	if err != nil {
 		return err
 	}
-	var errs []error
+	var errs []string
 	for _, h := range m.now.Hubs {
 		reply, err := m.ask(ctx, h, wire.JoinRequest{Token: token, CSR: csr})
 		if err == nil && reply.Error != "" {
@@ -220,9 +221,9 @@ func (m *member) request(ctx context.Context, token string, key *ecdsa.PrivateKe
 		if err == nil {
 			return m.accept(ctx, reply, key)
 		}
-		errs = append(errs, fmt.Errorf("hub %s at %s: %w", h.ServerName, h.Address, err))
+		errs = append(errs, fmt.Sprintf("hub %s at %s: %v", h.ServerName, h.Address, err))
 	}
-	return errors.Join(errs...)
+	return errors.New(strings.Join(errs, "; "))
 }
 
 func (m *member) ask(ctx context.Context, h wire.HubAddress, r wire.JoinRequest) (reply wire.JoinReply, err error) {

@@ -343,7 +343,7 @@ func (j *joiner) issue(r pki.Request) (wire.JoinReply, error) {
 	if err != nil {
 		return wire.JoinReply{}, err
 	}
-	der, err := signer.Issue(r)
+	der, err := j.outliving(signer, r)
 	if err != nil {
 		return wire.JoinReply{}, err
 	}
@@ -352,6 +352,27 @@ func (j *joiner) issue(r pki.Request) (wire.JoinReply, error) {
 		reply.Authorities = append(reply.Authorities, a.Raw)
 	}
 	return reply, nil
+}
+
+// outliving issues a certificate that no revocation takes back: their times are in whole
+// seconds, so who joins anew in the second of the revocation has to wait for the next.
+func (j *joiner) outliving(signer *pki.Authority, r pki.Request) ([]byte, error) {
+	revoked, err := j.state.revoked()
+	if err != nil {
+		return nil, err
+	}
+	for {
+		der, err := signer.Issue(r)
+		if err != nil {
+			return nil, err
+		}
+		leaf, err := x509.ParseCertificate(der)
+		if err != nil || !revoked.Revoked(leaf, r.Identity) {
+			return der, err
+		}
+		time.Sleep(200 * time.Millisecond)
+		r.Now = time.Now()
+	}
 }
 
 // encodePair is a certificate and its key as PEM.

@@ -353,7 +353,7 @@ func (k *keeper) hold(s *mux.Session) (asked bool) {
 	for {
 		select {
 		case <-s.Done():
-			return asked
+			return asked || s.Draining()
 		case <-renewed:
 			s.GoAway()
 			go drain(k.alive, s, time.Until(k.links.oldUntil()))
@@ -363,7 +363,7 @@ func (k *keeper) hold(s *mux.Session) (asked bool) {
 			s.GoAway()
 			go drain(k.alive, s, DrainTimeout)
 		case <-ticker.C:
-			if !asked && !s.Usable() && s.Err() == nil { // the hub is about to stop
+			if !asked && s.Draining() && s.Err() == nil { // the hub is about to stop
 				return true
 			}
 		}

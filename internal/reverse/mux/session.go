@@ -158,6 +158,13 @@ func (s *Session) Usable() bool {
 	return s.err == nil && !s.draining
 }
 
+// Draining reports whether the other end asked for no more streams; also after the end.
+func (s *Session) Draining() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.draining
+}
+
 // Done is closed when the session has ended; Err then says why.
 func (s *Session) Done() <-chan struct{} { return s.done }
 

@@ -47,7 +47,7 @@ func TestMessages(t *testing.T) {
 	if got := ParseRefusal(r.Append(nil)); *got != *r || strings.ContainsAny(got.Message, "\r\nü") {
 		t.Errorf("%+v", got)
 	}
-	if got := ParseRefusal([]byte("surprise surprise")); got.Reason != ReasonOther || got.Message != "surprise surprise" {
+	if got := ParseRefusal([]byte("a surprise")); got.Reason != ReasonOther || got.Message != "a surprise" {
 		t.Errorf("%+v", got)
 	}
 	if got := ParseRefusal(nil); got.Reason != ReasonCancelled {

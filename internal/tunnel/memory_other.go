@@ -1,0 +1,7 @@
+//go:build !linux
+
+package tunnel
+
+import "runtime/debug"
+
+func settleMemory() { debug.FreeOSMemory() }
