@@ -94,7 +94,8 @@ type NodeEncryptionStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 
-	// Conditions: Accepted, Programmed, Ready.
+	// Conditions: Accepted, Programmed, Ready; Enforced once Strict is in effect on all nodes,
+	// which from then on also nodes begin with that join.
 	//
 	// +optional
 	// +listType=map
@@ -149,6 +150,12 @@ type NodeTunnelSpec struct {
 	//
 	// +required
 	PublicKey Key `json:"publicKey"`
+
+	// NextPublicKey is a key that the node is about to change to: the others accept it from
+	// now on.
+	//
+	// +optional
+	NextPublicKey Key `json:"nextPublicKey,omitempty"`
 }
 
 // NodeTunnelStatus is what a node sees.

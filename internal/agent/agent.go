@@ -19,7 +19,6 @@ import (
 	"time"
 
 	"github.com/culvert-vpn/culvert/internal/model"
-	"github.com/culvert-vpn/culvert/internal/netstate"
 	"github.com/culvert-vpn/culvert/internal/nft"
 	"github.com/culvert-vpn/culvert/internal/plan"
 	"github.com/culvert-vpn/culvert/internal/process"
@@ -31,6 +30,12 @@ import (
 type Options struct {
 	Node    string // the name of its Node
 	Cluster Cluster
+	// State is a directory that outlives the agent and the host's restart: it holds the key
+	// and the guard of the encryption between nodes. Empty: nothing is encrypted.
+	State string
+	// PodRanges are ranges of the cluster's pods, in addition to those that Nodes and
+	// VPNGateways name: nothing leaves the node for them in the clear.
+	PodRanges []netip.Prefix
 	// HTTP is where health and metrics are served, "address:port"; empty: nowhere.
 	HTTP string
 	// PProf serves profiles beside the metrics.
@@ -68,6 +73,8 @@ type Agent struct {
 	route *route.Route
 	pods  *pods
 
+	encryption *encryption
+
 	// Owned by the loop.
 	good   source.Incumbents
 	failed map[string]string // step → what is wrong with it now
@@ -91,6 +98,7 @@ func Run(ctx context.Context, opts Options) error {
 	if err := a.open(); err != nil {
 		return err
 	}
+	a.encryption.restore(ctx)
 	err := a.serve(ctx)
 	return errors.Join(err, a.end())
 }
@@ -104,12 +112,14 @@ func (a *Agent) open() error {
 		return err
 	}
 	a.pods = newPods(a.route)
-	return nil
+	a.encryption, err = newEncryption(a.opts, a.route)
+	return err
 }
 
-// Cleanup removes from this host everything that an agent makes.
-func Cleanup(log *slog.Logger) error {
-	a := &Agent{log: log}
+// Cleanup removes from this host everything that an agent makes, and what it keeps in its
+// state directory but for the key.
+func Cleanup(log *slog.Logger, state string) error {
+	a := &Agent{log: log, opts: Options{Logger: log, State: state}}
 	if err := a.open(); err != nil {
 		return err
 	}
@@ -118,7 +128,7 @@ func Cleanup(log *slog.Logger) error {
 
 // remove takes everything down; routes and links before what guards them.
 func (a *Agent) remove() error {
-	return errors.Join(a.route.Close(), a.nft.Close())
+	return errors.Join(a.encryption.remove(), a.route.Close(), a.nft.Close(), a.encryption.guard.Remove(context.Background()))
 }
 
 // end lets go of everything, or removes it.
@@ -162,12 +172,17 @@ func (a *Agent) loop(ctx context.Context) error {
 	defer resync.Stop()
 	for {
 		a.beat.Store(time.Now().Unix())
+		var again <-chan time.Time
+		if d := a.encryption.again; d > 0 {
+			again = time.After(d)
+		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-objects:
 		case <-links:
 		case <-resync.C:
+		case <-again:
 		}
 		a.reconcile(ctx)
 	}
@@ -181,7 +196,8 @@ func (a *Agent) reconcile(ctx context.Context) {
 		return
 	}
 	result := plan.Node(n.model, n.facts)
-	a.apply(ctx, result.State, n)
+	a.apply(ctx, a.steps(result, n))
+	a.encryption.watchPeers(n, result.Encryption)
 	a.publish(ctx, n, result)
 }
 
@@ -191,21 +207,23 @@ type step struct {
 	set  func(context.Context) (changed int, err error)
 }
 
-// steps is the order of application. The firewall is first: nothing arrives over a link
-// that is not guarded, and nothing leaves by a route with another address.
-func (a *Agent) steps(s netstate.State, n node) []step {
-	return []step{
-		{"firewall", func(ctx context.Context) (int, error) { return a.nft.SetFirewall(ctx, s.Firewall) }},
+// steps is the order of application. What guards is first: nothing leaves in the clear,
+// arrives over a link that is not guarded, or leaves by a route with another address.
+func (a *Agent) steps(result plan.NodeResult, n node) []step {
+	s := result.State
+	first := append(a.encryption.before(s), step{"firewall", func(ctx context.Context) (int, error) { return a.nft.SetFirewall(ctx, s.Firewall) }})
+	return slices.Concat(first, a.encryption.device(s), []step{
 		{"links", func(ctx context.Context) (int, error) { return a.route.SetLinks(ctx, s.Links) }},
 		{"routes", func(ctx context.Context) (int, error) { return a.route.SetRoutes(ctx, s.Routes, s.Rules) }},
 		{"pods", func(ctx context.Context) (int, error) { return a.pods.set(ctx, n.local, plan.GatewayPodSysctls()) }},
 		{"addresses", func(ctx context.Context) (int, error) { return a.setLinkAddresses(ctx, n) }},
-	}
+		{"node tunnel", func(ctx context.Context) (int, error) { return a.encryption.tell(ctx, n, result.Encryption) }},
+	}, a.encryption.after(s))
 }
 
 // apply runs all steps, also after one failed: what can be in effect is.
-func (a *Agent) apply(ctx context.Context, s netstate.State, n node) {
-	for _, st := range a.steps(s, n) {
+func (a *Agent) apply(ctx context.Context, steps []step) {
+	for _, st := range steps {
 		changed, err := st.set(ctx)
 		a.check(st.name, err)
 		if changed > 0 {

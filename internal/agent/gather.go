@@ -6,6 +6,8 @@ import (
 	"net/netip"
 	"slices"
 
+	"k8s.io/apimachinery/pkg/types"
+
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/plan"
@@ -19,6 +21,12 @@ type node struct {
 	local    []plan.GatewayPod // the gateway pods on this node
 	// linkAddresses are the further addresses that this node sends to gateway pods from.
 	linkAddresses []netip.Addr
+
+	// Of the encryption between nodes.
+	encryption   *v1alpha1.NodeEncryption // nil: off
+	tunnels      map[string]*v1alpha1.NodeTunnel
+	uid          types.UID // of the own Node
+	controlPlane []netip.Addr
 }
 
 // gather reads the objects and looks around on the node.
@@ -49,7 +57,7 @@ func (a *Agent) gather(ctx context.Context) (node, error) {
 	}
 	n.facts.Node = n.model.Nodes[i]
 	a.look(ctx, &n)
-	return n, nil
+	return n, a.encryption.gather(ctx, &n, objects, unique(found).Pods)
 }
 
 func unique(r model.ClusterRanges) model.ClusterRanges {

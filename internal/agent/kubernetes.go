@@ -3,16 +3,22 @@ package agent
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"net/url"
+	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/watch"
@@ -22,6 +28,7 @@ import (
 
 	"github.com/culvert-vpn/culvert/internal/kube"
 	"github.com/culvert-vpn/culvert/internal/model"
+	"github.com/culvert-vpn/culvert/internal/netstate"
 	"github.com/culvert-vpn/culvert/internal/source"
 )
 
@@ -57,7 +64,8 @@ func NewKubernetes(opts KubernetesOptions) (*Kubernetes, error) {
 		return nil, err
 	}
 	api := source.NewAPI(source.APIOptions{
-		Client: c, Node: opts.Node, Kinds: []string{model.KindGateway, model.KindSite, model.KindNode}, Logger: opts.Logger,
+		Client: c, Logger: opts.Logger,
+		Kinds: []string{model.KindGateway, model.KindSite, model.KindNode, model.KindNodeEncryption, model.KindNodeTunnel},
 	})
 	return &Kubernetes{API: api, opts: opts, client: c, metadata: m}, nil
 }
@@ -154,4 +162,66 @@ func (k *Kubernetes) Removed(ctx context.Context) (bool, error) {
 		case <-time.After(500 * time.Millisecond):
 		}
 	}
+}
+
+// APIServers implements EncryptionCluster: what the Service default/kubernetes leads to, the
+// Service itself, and the address that this agent uses.
+func (k *Kubernetes) APIServers(ctx context.Context) ([]netstate.Exemption, error) {
+	var out []netstate.Exemption
+	add := func(host string, port int32) {
+		a, err := netip.ParseAddr(host)
+		x := netstate.Exemption{Name: "API server", Protocol: netstate.TCP, Address: a.Unmap().WithZone(""), Port: uint16(port)}
+		if err == nil && !slices.Contains(out, x) {
+			out = append(out, x)
+		}
+	}
+	var slicesOf discoveryv1.EndpointSliceList
+	if err := k.client.List(ctx, &slicesOf, client.InNamespace(metav1.NamespaceDefault), client.MatchingLabels{discoveryv1.LabelServiceName: "kubernetes"}); err != nil {
+		return nil, fmt.Errorf("list the EndpointSlices of Service default/kubernetes: %w", err)
+	}
+	for _, s := range slicesOf.Items {
+		for _, e := range s.Endpoints {
+			for _, p := range s.Ports {
+				for _, a := range e.Addresses {
+					if p.Port != nil {
+						add(a, *p.Port)
+					}
+				}
+			}
+		}
+	}
+	var service corev1.Service
+	if err := k.client.Get(ctx, client.ObjectKey{Namespace: metav1.NamespaceDefault, Name: "kubernetes"}, &service); err != nil {
+		return nil, fmt.Errorf("get Service default/kubernetes: %w", err)
+	}
+	for _, p := range service.Spec.Ports {
+		for _, a := range service.Spec.ClusterIPs {
+			add(a, p.Port)
+		}
+	}
+	if u, err := url.Parse(k.opts.Config.Host); err == nil {
+		port := 443
+		if n, err := strconv.Atoi(u.Port()); err == nil {
+			port = n
+		}
+		add(u.Hostname(), int32(port))
+	}
+	if len(out) == 0 {
+		return nil, errors.New("the Service default/kubernetes has no endpoints")
+	}
+	slices.SortFunc(out, func(a, b netstate.Exemption) int { return strings.Compare(a.String(), b.String()) })
+	return out, nil
+}
+
+// fieldManager owns what agents write; it is one for all, as all write the same into the
+// NodeEncryption.
+const fieldManager = "culvert-agent"
+
+// Apply implements EncryptionCluster.
+func (k *Kubernetes) Apply(ctx context.Context, object map[string]any, subresource string) error {
+	a := client.ApplyConfigurationFromUnstructured(&unstructured.Unstructured{Object: object})
+	if subresource != "" {
+		return k.client.SubResource(subresource).Apply(ctx, a, client.FieldOwner(fieldManager), client.ForceOwnership)
+	}
+	return k.client.Apply(ctx, a, client.FieldOwner(fieldManager), client.ForceOwnership)
 }

@@ -25,10 +25,12 @@ type Report struct {
 	Errors   map[string]string
 	Problems int
 	Dropped  map[string]uint64 // packets, by reason
+	// Encryption is nil without a NodeEncryption.
+	Encryption *EncryptionReport
 }
 
 // essential are the steps without which an agent does not do its work.
-var essential = []string{"objects", "firewall", "links", "routes"}
+var essential = []string{"objects", "guard", "firewall", "wireguard", "links", "routes"}
 
 // publish keeps what was done for others to read, and logs what is new.
 func (a *Agent) publish(ctx context.Context, n node, result plan.NodeResult) {
@@ -47,6 +49,7 @@ func (a *Agent) publish(ctx context.Context, n node, result plan.NodeResult) {
 	if o, err := a.nft.Observe(ctx); err == nil {
 		r.Dropped = o.Dropped
 	}
+	r.Encryption = a.encryption.report(result.Encryption)
 	var ready error
 	for _, step := range essential {
 		if msg := r.Errors[step]; msg != "" && ready == nil {
@@ -96,7 +99,7 @@ type collector struct{ a *Agent }
 
 // Describe implements prometheus.Collector.
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{rangeCount, waitingCount, problemCount, stepFailed, dropCount} {
+	for _, d := range []*prometheus.Desc{rangeCount, waitingCount, problemCount, stepFailed, dropCount, nodePeers, nodeConnected, nodeStrict, nodeHandshake, nodePlain} {
 		ch <- d
 	}
 }
@@ -114,6 +117,9 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	gauge(problemCount, float64(r.Problems))
 	for step := range r.Errors {
 		gauge(stepFailed, 1, step)
+	}
+	if x := r.Encryption; x != nil {
+		x.collect(ch)
 	}
 	for reason, n := range r.Dropped {
 		ch <- prometheus.MustNewConstMetric(dropCount, prometheus.CounterValue, float64(n), reason)

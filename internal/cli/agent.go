@@ -1,7 +1,10 @@
 package cli
 
 import (
+	"fmt"
+	"net/netip"
 	"os"
+	"strings"
 
 	"github.com/spf13/cobra"
 
@@ -62,6 +65,8 @@ node that an agent left otherwise, 'culvert agent cleanup' removes it.`,
 	f := cmd.Flags()
 	f.StringVar(&opts.Node, "node", "", "the name of this node's Node object")
 	f.StringVar(&api.Kubeconfig, "kubeconfig", "", "file that says where the API server is; empty: that of the cluster whose pod this is, or KUBECONFIG")
+	f.StringVar(&opts.State, "state", "/var/lib/culvert-agent", "directory for this node's key and guard (NodeEncryption), which must outlive the agent and a restart of the node")
+	f.Var(prefixes{&opts.PodRanges}, "pod-range", "range of the cluster's pods (repeatable), beyond those of Nodes and VPNGateways: with a NodeEncryption nothing leaves for it in the clear")
 	f.StringVar(&opts.HTTP, "http", "127.0.0.1:9591", "address:port for /healthz, /readyz and /metrics; empty: none")
 	f.BoolVar(&opts.PProf, "pprof", false, "serve /debug/pprof beside the metrics")
 	f.StringVar(&log.Level, "log-level", "info", "debug, info, warn or error")
@@ -72,10 +77,11 @@ node that an agent left otherwise, 'culvert agent cleanup' removes it.`,
 
 func newAgentCleanup() *cobra.Command {
 	var log process.LogOptions
+	var state string
 	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove from this node everything that an agent made",
-		Long: `Removes the link, routes, rules and nftables table that 'culvert agent' made on this node:
+		Long: `Removes the links, routes, rules and nftables tables that 'culvert agent' made on this node:
 for one that was taken out of the cluster, or out of the DaemonSet's node selector. No agent
 may run there any more, or it makes them again. It needs no API server; nothing that is not
 Culvert's is touched.`,
@@ -85,11 +91,42 @@ Culvert's is touched.`,
 			if err != nil {
 				return usage.Wrap(err)
 			}
-			return agent.Cleanup(logger)
+			return agent.Cleanup(logger, state)
 		},
 	}
 	f := cmd.Flags()
+	f.StringVar(&state, "state", "/var/lib/culvert-agent", "the agent's directory: the guard in it goes, the key stays")
 	f.StringVar(&log.Level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&log.Format, "log-format", "text", "text or json")
 	return cmd
 }
+
+// prefixes is a flag of ranges.
+type prefixes struct{ list *[]netip.Prefix }
+
+// Set adds ranges, separated by commas.
+func (p prefixes) Set(s string) error {
+	for _, x := range strings.Split(s, ",") {
+		c, err := netip.ParsePrefix(strings.TrimSpace(x))
+		if err != nil {
+			return fmt.Errorf("%q is not a range such as 10.244.0.0/16", x)
+		}
+		*p.list = append(*p.list, c.Masked())
+	}
+	return nil
+}
+
+// String lists the ranges.
+func (p prefixes) String() string {
+	if p.list == nil {
+		return ""
+	}
+	var out []string
+	for _, c := range *p.list {
+		out = append(out, c.String())
+	}
+	return strings.Join(out, ",")
+}
+
+// Type is the kind of value that a usage text shows.
+func (prefixes) Type() string { return "CIDR" }

@@ -15,6 +15,10 @@ import (
 // commas, the addresses for Node.LinkAddresses.
 const LinkAddressesAnnotation = "culvert.dev/node-link-addresses"
 
+// RotateAnnotation asks the agent of a NodeTunnel's node for a new key, whenever its value
+// changes.
+const RotateAnnotation = "culvert.dev/rotate-key"
+
 // nodes reads the Nodes of the snapshot. An API server has checked them: what cannot be
 // read is left out, without a word.
 func (p *parser) nodes() {

@@ -6,7 +6,10 @@ import (
 	"strconv"
 	"strings"
 
+	"k8s.io/apimachinery/pkg/api/meta"
+
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
+	"github.com/culvert-vpn/culvert/internal/netstate"
 )
 
 const (
@@ -116,6 +119,10 @@ func remoteExport(r *report, field string, x *v1alpha1.RemoteExport, before []Ex
 	return out
 }
 
+// ConditionEnforced is the condition of a NodeEncryption by which nodes know that plain
+// packets are dropped in the cluster.
+const ConditionEnforced = "Enforced"
+
 func (p *parser) nodeEncryption() {
 	for _, e := range p.nodeEncryptions {
 		o := e.Object.(*v1alpha1.NodeEncryption)
@@ -133,6 +140,7 @@ func (p *parser) nodeEncryption() {
 		if s.Port != 0 {
 			n.Port = port(r, "spec.port", s.Port)
 		}
+		n.Enforced = meta.IsStatusConditionTrue(o.Status.Conditions, ConditionEnforced)
 		if r.ok() {
 			p.out.NodeEncryption = n
 		}
@@ -142,6 +150,13 @@ func (p *parser) nodeEncryption() {
 		o := e.Object.(*v1alpha1.NodeTunnel)
 		r := p.report(e)
 		k := wireGuardKey(r, "spec.publicKey", o.Spec.PublicKey)
+		var next netstate.Key
+		if o.Spec.NextPublicKey != "" {
+			next = wireGuardKey(r, "spec.nextPublicKey", o.Spec.NextPublicKey)
+			if other, ok := keys[o.Spec.NextPublicKey]; ok {
+				r.refuse("spec.nextPublicKey", ReasonDuplicate, "%s is the public key of %s already, which came first: every node needs a key pair of its own", next, other)
+			}
+		}
 		if other, ok := keys[o.Spec.PublicKey]; ok {
 			r.refuse("spec.publicKey", ReasonDuplicate, "%s is the public key of %s already, which came first: every node needs a key pair of its own", k, other)
 		}
@@ -149,8 +164,13 @@ func (p *parser) nodeEncryption() {
 			continue
 		}
 		keys[o.Spec.PublicKey] = e.ref
+		if !next.IsZero() {
+			keys[o.Spec.NextPublicKey] = e.ref
+		}
 		if p.out.NodeEncryption != nil {
-			p.out.NodeEncryption.Nodes = append(p.out.NodeEncryption.Nodes, NodeTunnel{Name: o.Name, PublicKey: k})
+			p.out.NodeEncryption.Nodes = append(p.out.NodeEncryption.Nodes, NodeTunnel{
+				Name: o.Name, PublicKey: k, NextPublicKey: next, Ready: meta.IsStatusConditionTrue(o.Status.Conditions, "Ready"),
+			})
 		}
 	}
 	if n := p.out.NodeEncryption; n != nil {

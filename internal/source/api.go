@@ -27,7 +27,7 @@ var ErrNotSynced = errors.New("the objects are not read completely yet")
 // APIOptions say what is watched.
 type APIOptions struct {
 	Client client.WithWatch
-	// Kinds are those that are watched; nil: all.
+	// Kinds are those that are watched; nil: all but NodeEncryption and NodeTunnel.
 	Kinds []string
 	// Node limits the Nodes to one, by its name; empty: all.
 	Node string
@@ -69,13 +69,20 @@ func NewAPI(opts APIOptions) *API {
 		{&corev1.Service{}, func() client.ObjectList { return &corev1.ServiceList{} }},
 		{&discoveryv1.EndpointSlice{}, func() client.ObjectList { return &discoveryv1.EndpointSliceList{} }},
 		{&corev1.Node{}, func() client.ObjectList { return &corev1.NodeList{} }},
+		{&v1alpha1.NodeEncryption{}, func() client.ObjectList { return &v1alpha1.NodeEncryptionList{} }},
+		{&v1alpha1.NodeTunnel{}, func() client.ObjectList { return &v1alpha1.NodeTunnelList{} }},
 	} {
-		if t := newTable(k.object, k.list, a.notify); opts.Kinds == nil || slices.Contains(opts.Kinds, t.kind) {
+		if t := newTable(k.object, k.list, a.notify); slices.Contains(opts.Kinds, t.kind) || opts.Kinds == nil && !onRequest(t.kind) {
 			a.tables = append(a.tables, t)
 		}
 	}
 	a.secrets = newSecrets(opts.Client, opts.Logger, a.notify)
 	return a
+}
+
+// onRequest tells whether a kind is watched only when it is named: no gateway needs it.
+func onRequest(kind string) bool {
+	return kind == model.KindNodeEncryption || kind == model.KindNodeTunnel
 }
 
 func (a *API) notify() {

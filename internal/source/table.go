@@ -167,6 +167,11 @@ func same(a, b metav1.Object) bool {
 		y := b.(*v1alpha1.Device)
 		return slices.Equal(x.Status.Addresses, y.Status.Addresses) && x.Status.PublicKey == y.Status.PublicKey &&
 			sameAccepted(x.Status.Conditions, y.Status.Conditions)
+	case *v1alpha1.NodeEncryption:
+		return equality.Semantic.DeepEqual(x.Status, b.(*v1alpha1.NodeEncryption).Status)
+	case *v1alpha1.NodeTunnel:
+		y := b.(*v1alpha1.NodeTunnel)
+		return x.Annotations[model.RotateAnnotation] == y.Annotations[model.RotateAnnotation] && equality.Semantic.DeepEqual(x.Status, y.Status)
 	}
 	return true
 }
