@@ -26,20 +26,21 @@ import (
 func TestCluster(t *testing.T) {
 	c := clustertest.Start(t, cluster.Options{})
 	startGround(c)
-	t.Run("nodes", func(t *testing.T) { testNodes(t, c) })
-	t.Run("pods reach pods", func(t *testing.T) { testPods(t, c) })
-	t.Run("services and names", func(t *testing.T) { testServices(t, c) })
+	t.Run("nodes", func(t *testing.T) { testNodes(t, c.In(t)) })
+	t.Run("pods reach pods", func(t *testing.T) { testPods(t, c.In(t)) })
+	t.Run("services and names", func(t *testing.T) { testServices(t, c.In(t)) })
 	t.Run("logs", func(t *testing.T) {
 		out := c.Kubectl("-n", "ground", "logs", "on-node1")
 		if !strings.Contains(out, "msg=http client=") && !strings.Contains(out, "INFO http client=") {
 			t.Errorf("the server's log has no call in it:\n%s", out)
 		}
 	})
-	t.Run("outside", func(t *testing.T) { testOutside(t, c) })
-	t.Run("load balancer", func(t *testing.T) { testBalancer(t, c) })
-	t.Run("API", func(t *testing.T) { testAPI(t, c) })
-	t.Run("anti-spoofing", func(t *testing.T) { testSpoofing(t, c) })
-	t.Run("faults", func(t *testing.T) { testFaults(t, c) })
+	t.Run("outside", func(t *testing.T) { testOutside(t, c.In(t)) })
+	t.Run("load balancer", func(t *testing.T) { testBalancer(t, c.In(t)) })
+	t.Run("load balancer leaves a node", func(t *testing.T) { testBalancerMoves(t, c.In(t)) })
+	t.Run("API", func(t *testing.T) { testAPI(t, c.In(t)) })
+	t.Run("anti-spoofing", func(t *testing.T) { testSpoofing(t, c.In(t)) })
+	t.Run("faults", func(t *testing.T) { testFaults(t, c.In(t)) })
 }
 
 // The same between subnets, where only the router knows the way, at the smallest MTU.
@@ -54,12 +55,12 @@ func TestClusterOfTwoSubnets(t *testing.T) {
 			t.Errorf("%s has the address %s, want %s", n.Name, n.IPs()[0], want)
 		}
 	}
-	t.Run("nodes", func(t *testing.T) { testNodes(t, c) })
+	t.Run("nodes", func(t *testing.T) { testNodes(t, c.In(t)) })
 	for _, last := range c.Nodes[1:] { // in the other subnet, and in the same
-		t.Run("pods reach pods of "+last.Name, func(t *testing.T) { testPodsOf(t, c, c.Nodes[0], last) })
+		t.Run("pods reach pods of "+last.Name, func(t *testing.T) { testPodsOf(t, c.In(t), c.Nodes[0], last) })
 	}
-	t.Run("services and names", func(t *testing.T) { testServices(t, c) })
-	t.Run("anti-spoofing", func(t *testing.T) { testSpoofing(t, c) })
+	t.Run("services and names", func(t *testing.T) { testServices(t, c.In(t)) })
+	t.Run("anti-spoofing", func(t *testing.T) { testSpoofing(t, c.In(t)) })
 	t.Run("MTU", func(t *testing.T) {
 		ctx, cancel := context.WithTimeout(context.Background(), 20*time.Second)
 		defer cancel()
@@ -225,50 +226,6 @@ func testOutside(t *testing.T, c *clustertest.Cluster) {
 			})
 			// Out: pods are masqueraded as their node, and that as its public address.
 			fetch(t, c, "on-"+n.Name, "http://"+net.JoinHostPort(outside[i], "8080")+"/", "client="+public.String()+" ")
-		}
-	}
-}
-
-// testBalancer calls the server on the last node through load balancers that leave the
-// caller's address and that hide it.
-func testBalancer(t *testing.T, c *clustertest.Cluster) {
-	last := c.Nodes[len(c.Nodes)-1]
-	outside := []string{"198.18.1.2", "2001:2::1:2"}
-	h := c.OutsideHost("o2", outside[0]+"/15", outside[1]+"/48")
-	for _, o := range []struct {
-		cluster.BalanceOptions
-		name, policy string
-		seen         []string
-	}{
-		{cluster.BalanceOptions{}, "local", "Local", outside},
-		{cluster.BalanceOptions{SNAT: true}, "hidden", "Local", []string{"172.30.0.1", "fd00:30::1"}},
-	} {
-		c.Apply(fmt.Sprintf(`apiVersion: v1
-kind: Service
-metadata: {name: %s, namespace: ground}
-spec:
-  type: LoadBalancer
-  externalTrafficPolicy: %s
-  selector: {app: ground, node: %s}
-  ipFamilyPolicy: RequireDualStack
-  ports: [{name: web, port: 80, targetPort: 8080}, {name: echo, port: 81, targetPort: 8081, protocol: UDP}]
-`, o.name, o.policy, last.Name))
-		b := c.Balance("ground", o.name, o.BalanceOptions)
-		ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
-		defer cancel()
-		for i, a := range b.Addresses {
-			for what, command := range map[string][]string{
-				"TCP": {"get", "http://" + netip.AddrPortFrom(a, 80).String() + "/"},
-				"UDP": {"echo", "udp", netip.AddrPortFrom(a, 81).String(), "hello"},
-			} {
-				labtest.Eventually(t, 20*time.Second, fmt.Sprintf("%s, %s by %s", o.name, what, a), func() error {
-					out, err := h.Output(ctx, c.TestServer(), command...)
-					if want := "client=" + o.seen[i] + " "; err == nil && !strings.Contains(out, want) {
-						err = fmt.Errorf("%q does not have %q", out, want)
-					}
-					return err
-				})
-			}
 		}
 	}
 }

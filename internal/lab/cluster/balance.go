@@ -191,6 +191,10 @@ func (b *Balancer) rules(healthy []string) string {
 			fmt.Fprintf(&s, "\t\t%[1]s daddr %[2]s jhash %[1]s saddr mod %[3]d vmap { %[4]s }\n", family, b.Addresses[i], len(choice), strings.Join(choice, ", "))
 		}
 		s.WriteString("\t}\n")
+		if len(choice) == 0 {
+			// Not even a conntrack entry: a flow that is tried again is to find its node later.
+			fmt.Fprintf(&s, "\tchain nobody {\n\t\ttype filter hook prerouting priority raw;\n\t\t%s daddr %s drop\n\t}\n", family, b.Addresses[i])
+		}
 		if b.options.SNAT {
 			fmt.Fprintf(&s, "\tchain postrouting {\n\t\ttype nat hook postrouting priority srcnat - 5;\n\t\tct original %s daddr %s masquerade\n\t}\n", family, b.Addresses[i])
 		}

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"strconv"
 	"strings"
+	"syscall"
 	"time"
 )
 
@@ -34,7 +35,7 @@ func (c *Cluster) Server() string {
 func (c *Cluster) AuditLog() string { return c.path("log", "audit.log") }
 
 func (c *Cluster) startControl(ctx context.Context) error {
-	if err := c.forward(); err != nil {
+	if err := c.forward(ctx); err != nil {
 		return err
 	}
 	if err := c.issue(); err != nil {
@@ -141,8 +142,18 @@ func (c *Cluster) issue() error {
 	return errors.Join(errs...)
 }
 
-// forward starts a forwarder from a port of 127.0.0.1 to kube-apiserver.
-func (c *Cluster) forward() error {
+// forward starts a forwarder from a free port of 127.0.0.1 to kube-apiserver.
+func (c *Cluster) forward(ctx context.Context) error {
+	var err error
+	for range 3 { // somebody may be quicker to take the free port
+		if err = c.forwardOnce(ctx); err == nil {
+			return c.save()
+		}
+	}
+	return err
+}
+
+func (c *Cluster) forwardOnce(ctx context.Context) error {
 	l, err := net.Listen("tcp4", "127.0.0.1:0") //nolint:noctx // only to find a free port
 	if err != nil {
 		return err
@@ -160,7 +171,16 @@ func (c *Cluster) forward() error {
 		return err
 	}
 	c.running[forwarder] = running{Group: group}
-	return c.save()
+	return until(ctx, 10*time.Second, fmt.Sprintf("socat listens on 127.0.0.1:%d", c.port), func() error {
+		if syscall.Kill(group, 0) != nil {
+			return stop{fmt.Errorf("it ended: %s", tail(c.Log("host", "forward")))}
+		}
+		tables, err := os.ReadFile("/proc/net/tcp")
+		if want := fmt.Sprintf(" 0100007F:%04X 00000000:0000 0A ", c.port); err == nil && !strings.Contains(string(tables), want) {
+			err = errors.New("not yet")
+		}
+		return err
+	})
 }
 
 const forwarder = "host/forward"
@@ -179,7 +199,7 @@ func (c *Cluster) Apply(ctx context.Context, manifests string) error {
 
 func (c *Cluster) kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, c.Program("kubectl"), args...)
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig())
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig(), "KUBECACHEDIR="+c.path("kubectl"))
 	cmd.Stdin = strings.NewReader(stdin)
 	out, err := cmd.CombinedOutput()
 	if err != nil {

@@ -66,6 +66,10 @@ func Start(t testing.TB, o cluster.Options) *Cluster {
 	return &Cluster{Cluster: c, t: t}
 }
 
+// In returns the same cluster for a subtest: errors end it, and what is made for it goes
+// with it.
+func (c *Cluster) In(t testing.TB) *Cluster { return &Cluster{Cluster: c.Cluster, t: t} }
+
 // lines logs what is written, line by line.
 type lines struct {
 	t    testing.TB
@@ -114,9 +118,13 @@ func (c *Cluster) Apply(manifests string) {
 	}
 }
 
-// Namespace makes a Kubernetes namespace that is deleted at the test's end.
+// Namespace makes a Kubernetes namespace that is deleted at the test's end. One that an
+// earlier test left to be deleted is waited for.
 func (c *Cluster) Namespace(name string) {
 	c.t.Helper()
+	if out := c.Kubectl("get", "namespace", name, "--ignore-not-found", "-o", "jsonpath={.metadata.deletionTimestamp}"); out != "" {
+		c.Kubectl("wait", "--for=delete", "namespace/"+name, "--timeout=100s")
+	}
 	c.Apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: " + name + "}\n")
 	c.t.Cleanup(func() {
 		if out, err := c.TryKubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found"); err != nil {
