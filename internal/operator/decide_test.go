@@ -137,7 +137,11 @@ func TestPrune(t *testing.T) {
 		}
 	}
 	get(w, &corev1.Service{}, "default", "culvert-other")
+	w.wants(w.deviceSays("phone", v1alpha1.ConditionReady), "False MissingReference")
 	w.wants(w.deviceSays("phone", v1alpha1.ConditionResolvedRefs), "False MissingReference spec.gatewayRef: there is no VPNGateway default/edge")
+	w.create(gateway())
+	w.rounds(o)
+	w.wants(w.deviceSays("phone", v1alpha1.ConditionReady), "nothing") // the gateway will say
 }
 
 // A device asks for an address, for one that is taken, for a pool that is empty; it moves.
@@ -313,6 +317,65 @@ func TestOthersWriteToTheStatus(t *testing.T) {
 		want := map[string]string{"gateway": "10.99.0.2", "operator": "10.99.0.50"}[name]
 		if len(d.Status.Addresses) != 1 || d.Status.Addresses[0] != want {
 			t.Errorf("%s: the device has %v, not %s", name, d.Status.Addresses, want)
+		}
+	}
+}
+
+// Without ServiceCIDR objects the range of services is the one around the kubernetes
+// Service's address.
+func TestServiceRangeWithoutServiceCIDRs(t *testing.T) {
+	kubernetes := &corev1.Service{ObjectMeta: metav1.ObjectMeta{Name: "kubernetes", Namespace: "default"}}
+	kubernetes.Spec.ClusterIPs = []string{"10.43.0.1", "fd00:43::1"}
+	w := newWorld(t, gateway(), kubernetes)
+	o := w.operator(interceptor.Funcs{})
+	o.ServiceCIDRs = false
+	w.rounds(o)
+	var g v1alpha1.VPNGateway
+	get(w, &g, "default", "edge")
+	if got := strings.Join(g.Status.Cluster.ServiceCIDRs, " "); got != "10.43.0.0/16 fd00:43::/112" {
+		t.Errorf("found %s", got)
+	}
+}
+
+// Where a gateway is dialled follows from how it is exposed.
+func TestDialAddress(t *testing.T) {
+	for name, x := range map[string]struct {
+		spec    v1alpha1.Expose
+		address string
+		port    int32
+	}{
+		"load balancer":       {v1alpha1.Expose{Type: v1alpha1.ExposeLoadBalancer}, "192.0.2.7", 0},
+		"named":               {v1alpha1.Expose{Type: v1alpha1.ExposeLoadBalancer, Address: "vpn.example.com"}, "vpn.example.com", 0},
+		"node port":           {v1alpha1.Expose{Type: v1alpha1.ExposeNodePort}, "172.30.0.11", 31234},
+		"port of the node":    {v1alpha1.Expose{Type: v1alpha1.ExposeHostPort}, "172.30.0.12", 0},
+		"somebody else's job": {v1alpha1.Expose{Type: v1alpha1.ExposeNone}, "", 0},
+	} {
+		w := newWorld(t, gateway(func(s *v1alpha1.VPNGatewaySpec) { s.Expose = x.spec }))
+		o := w.operator(interceptor.Funcs{})
+		w.rounds(o)
+		var s corev1.Service
+		if err := w.client.Get(context.Background(), types.NamespacedName{Namespace: "default", Name: "culvert-edge"}, &s); err == nil {
+			s.Spec.Ports[0].NodePort = 31234
+			if err := w.client.Update(context.Background(), &s); err != nil {
+				t.Fatal(err)
+			}
+			s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "192.0.2.7"}}
+			if err := w.client.Status().Update(context.Background(), &s); err != nil {
+				t.Fatal(err)
+			}
+		}
+		var g v1alpha1.VPNGateway
+		get(w, &g, "default", "edge")
+		g.Status.Endpoints = []v1alpha1.GatewayEndpoint{{Pod: "culvert-edge-0", Node: "n2", Active: true}}
+		if err := w.client.Status().Update(context.Background(), &g); err != nil {
+			t.Fatal(err)
+		}
+		if err := o.Round(context.Background()); err != nil {
+			t.Fatal(err)
+		}
+		get(w, &g, "default", "edge")
+		if g.Status.Address != x.address || g.Status.WireGuardPort != x.port {
+			t.Errorf("%s: %q port %d", name, g.Status.Address, g.Status.WireGuardPort)
 		}
 	}
 }

@@ -6,8 +6,6 @@ import (
 	"maps"
 	"slices"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/workload"
@@ -184,7 +182,7 @@ func (r *round) prune(ctx context.Context) error {
 	return each(ctx, list, func(ctx context.Context, d doomed) error {
 		err := r.remove(ctx, d.key.kind.WithVersion(d.version), d.meta)
 		if err == nil {
-			r.Logger.Info("deleted what is not needed any more", "kind", d.key.kind.Kind, "object", idOf(&metav1.ObjectMeta{Namespace: d.key.namespace, Name: d.key.name}))
+			r.Logger.Info("deleted what is not needed any more", "kind", d.key.kind.Kind, "object", idOf(&d.meta).String())
 		}
 		return err
 	})

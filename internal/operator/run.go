@@ -280,13 +280,13 @@ func (l *loop) Reconcile(ctx context.Context, _ everything) (reconcile.Result, e
 	if err != nil {
 		pause := min(retryFirst<<l.failed, retryLast)
 		l.failed = min(l.failed+1, 16)
-		l.log.Warn("a round was not completed; it is tried again", "after", pause, "error", oneLine(err))
+		l.log.Warn("a round was not completed; it is tried again", "after", pause.String(), "error", oneLine(err))
 		return reconcile.Result{RequeueAfter: pause}, nil
 	}
 	l.failed = 0
 	if !l.said {
 		l.said = true
-		l.log.Info("leading; everything is as it should be", "took", time.Since(start).Round(time.Millisecond))
+		l.log.Info("leading; everything is as it should be", "took", time.Since(start).Round(time.Millisecond).String())
 	}
 	return reconcile.Result{RequeueAfter: lookAgain}, nil
 }

@@ -39,6 +39,18 @@ var references = []string{
 // verdict is what the operator says about one object.
 type verdict struct {
 	accepted, resolved metav1.Condition
+	// ready is false for what names a gateway that is not there, and nil for everything else:
+	// then the gateway says it.
+	ready *metav1.Condition
+}
+
+// conditions lists them.
+func (v verdict) conditions() []metav1.Condition {
+	list := []metav1.Condition{v.accepted, v.resolved}
+	if v.ready != nil {
+		list = append(list, *v.ready)
+	}
+	return list
 }
 
 // judge makes the two conditions from an object's problems.
@@ -73,6 +85,11 @@ func (r *round) judge(ref model.Ref, generation int64, more ...*model.Problem) v
 		if len(r.problems[ref]) > 0 {
 			v.accepted.Status, v.accepted.Reason = metav1.ConditionUnknown, reasonPending
 			v.accepted.Message = "waits for what it refers to, see ResolvedRefs" + suffix
+		}
+	}
+	if len(r.problems[ref]) > 0 && v.resolved.Reason == model.ReasonMissingReference && !r.kept[ref] {
+		v.ready = &metav1.Condition{
+			Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse, Reason: v.resolved.Reason, Message: v.resolved.Message, ObservedGeneration: generation,
 		}
 	}
 	if len(refused) > 0 {
@@ -140,7 +157,10 @@ func (r *round) status(ctx context.Context) error {
 
 // sameVerdict reports whether the conditions say what is to be said.
 func sameVerdict(v verdict, have []metav1.Condition) bool {
-	for _, c := range []metav1.Condition{v.accepted, v.resolved} {
+	if c := meta.FindStatusCondition(have, v1alpha1.ConditionReady); v.ready == nil && c != nil && c.Reason == model.ReasonMissingReference {
+		return false
+	}
+	for _, c := range v.conditions() {
 		old := meta.FindStatusCondition(have, c.Type)
 		if old == nil || old.Status != c.Status || old.Reason != c.Reason || old.Message != c.Message || old.ObservedGeneration != c.ObservedGeneration {
 			return false
@@ -244,7 +264,7 @@ func (r *round) writeStatus(ctx context.Context, w statusWrite) error {
 		return nil
 	}
 	var conditions []any
-	for _, c := range []metav1.Condition{w.verdict.accepted, w.verdict.resolved} {
+	for _, c := range w.verdict.conditions() {
 		m, err := runtime.DefaultUnstructuredConverter.ToUnstructured(new(r.since(c, w.have)))
 		if err != nil {
 			return err
