@@ -147,6 +147,8 @@ func nodes(t *testing.T, c *clustertest.Cluster) string {
 			out, _ := n.Output(context.Background(), "sh", "-c", command) // grep finds nothing: the wanted case
 			fmt.Fprintf(&b, "%s: %s\n%s", n.Name, command, out)
 		}
+		annotation := c.Kubectl("get", "node", n.Name, "-o", `jsonpath={.metadata.annotations.culvert\.dev/node-link-addresses}`)
+		fmt.Fprintf(&b, "%s: annotation %q\n", n.Name, annotation)
 	}
 	return b.String()
 }

@@ -45,14 +45,22 @@ var built = sync.OnceValues(func() (archive string, err error) {
 	return filepath.Join(dir, ".cache/image/culvert.tar"), nil
 })
 
-// LoadCulvert builds Culvert's image from this checkout and loads it into every node.
+// loaded are the names of the clusters that have this process's image.
+var loaded sync.Map
+
+// LoadCulvert builds Culvert's image from this checkout and loads it into every node, once
+// per process.
 func (c *Cluster) LoadCulvert() {
 	c.t.Helper()
+	if _, done := loaded.Load(c.Name); done {
+		return
+	}
 	archive, err := built()
 	if err != nil {
 		c.t.Fatal(err)
 	}
 	c.Load(archive)
+	loaded.Store(c.Name, true)
 }
 
 // Chart is the path of the chart in this checkout.
