@@ -63,7 +63,13 @@ func TestProxyHeaderIn(t *testing.T) {
 		return r["source"] == local.LocalAddr().String() || r["verdict"] == "relayed"
 	})
 
-	wary := start(t, Options{}, routeTo("a.example.com", a))
+	// One that trusts others only.
+	wary := start(t, Options{ProxyFrom: []netip.Prefix{netip.MustParsePrefix("192.0.2.0/24")}}, routeTo("a.example.com", a))
+	if conn, _, err := ca.try(wary.address, "a.example.com"); err != nil {
+		t.Errorf("a client that is no proxy: %v", err)
+	} else {
+		_ = conn.Close()
+	}
 	before := a.connections.Load()
 	for _, header := range []string{"PROXY TCP4 192.0.2.7 198.51.100.1 1234 443\r\n", "\r\n\r\n\x00\r\nQUIT\n\x20\x00\x00\x00"} {
 		conn := dial(t, wary.address)

@@ -165,6 +165,8 @@ func TestRunFollowsTheTable(t *testing.T) {
 		t.Fatal(err)
 	}
 	says("culvert_front_table_refused 1")
+	writeFile(t, dir, "routes.yaml", table("a.example.com", "b.example.com")) // as it was
+	says("culvert_front_table_refused 0")
 	writeFile(t, dir, "routes.yaml", table("b.example.com"))
 	says("culvert_front_table_refused 0")
 	says("culvert_front_routes 1")
