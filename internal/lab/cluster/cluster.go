@@ -129,7 +129,7 @@ func (c *Cluster) path(elem ...string) string {
 }
 
 // programsNeeded are those beside what hack/kubernetes.sh builds.
-var programsNeeded = []string{"ip", "nft", "iptables", "containerd", "ctr", "runc", "nsenter", "unshare", "socat", "busybox", "bash", "go"}
+var programsNeeded = []string{"ip", "nft", "iptables", "containerd", "ctr", "runc", "conntrack", "nsenter", "unshare", "socat", "busybox", "bash", "go"}
 
 // Check reports what this machine lacks to run a cluster; nil when nothing.
 func Check() error {
