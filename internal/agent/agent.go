@@ -214,7 +214,7 @@ func (a *Agent) steps(result plan.NodeResult, n node) []step {
 	first := append(a.encryption.before(s), step{"firewall", func(ctx context.Context) (int, error) { return a.nft.SetFirewall(ctx, s.Firewall) }})
 	return slices.Concat(first, a.encryption.device(s), []step{
 		{"links", func(ctx context.Context) (int, error) { return a.route.SetLinks(ctx, s.Links) }},
-		{"routes", func(ctx context.Context) (int, error) { return a.route.SetRoutes(ctx, s.Routes, s.Rules) }},
+		{"routes", func(ctx context.Context) (int, error) { return a.encryption.setRoutes(ctx, s) }},
 		{"pods", func(ctx context.Context) (int, error) { return a.pods.set(ctx, n.local, plan.GatewayPodSysctls()) }},
 		{"addresses", func(ctx context.Context) (int, error) { return a.setLinkAddresses(ctx, n) }},
 		{"node tunnel", func(ctx context.Context) (int, error) { return a.encryption.tell(ctx, n, result.Encryption) }},

@@ -248,6 +248,22 @@ func (e *encryption) setDevice(ctx context.Context, want []netstate.WireGuard) (
 	return e.wg.Set(ctx, want)
 }
 
+// setRoutes sets all routes. When the way to other nodes changes, open connections take the
+// new one at once.
+func (e *encryption) setRoutes(ctx context.Context, s netstate.State) (int, error) {
+	changed, err := e.route.SetRoutes(ctx, s.Routes, s.Rules)
+	var destinations []netip.Prefix
+	for _, r := range s.Routes {
+		if r.Link == netstate.EncryptionLink {
+			destinations = append(destinations, r.Destination)
+		}
+	}
+	if changed > 0 {
+		err = errors.Join(err, e.route.Reconsider(ctx, destinations))
+	}
+	return changed, err
+}
+
 func exists(link string) bool {
 	_, err := net.InterfaceByName(link)
 	return err == nil

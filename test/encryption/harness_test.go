@@ -243,7 +243,17 @@ func (n *node) set() (changed int, err error) {
 			func() (int, error) { return n.route.SetSysctls(ctx, s.Sysctls) },
 			func() (int, error) { return n.wg.Set(ctx, s.WireGuard) },
 			func() (int, error) { return n.route.SetLinks(ctx, s.Links) },
-			func() (int, error) { return n.route.SetRoutes(ctx, s.Routes, s.Rules) },
+			func() (int, error) {
+				changed, err := n.route.SetRoutes(ctx, s.Routes, s.Rules)
+				var destinations []netip.Prefix
+				for _, r := range s.Routes {
+					destinations = append(destinations, r.Destination)
+				}
+				if changed > 0 {
+					err = errors.Join(err, n.route.Reconsider(ctx, destinations))
+				}
+				return changed, err
+			},
 		} {
 			c, err := set()
 			changed += c
