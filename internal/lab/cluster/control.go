@@ -175,7 +175,7 @@ func (c *Cluster) forwardOnce(ctx context.Context) error {
 		if syscall.Kill(group, 0) != nil {
 			return stop{fmt.Errorf("it ended: %s", tail(c.Log("host", "forward")))}
 		}
-		tables, err := os.ReadFile("/proc/net/tcp")
+		tables, err := os.ReadFile("/proc/thread-self/net/tcp") // not /proc/net: the first thread may have ended in a namespace
 		if want := fmt.Sprintf(" 0100007F:%04X 00000000:0000 0A ", c.port); err == nil && !strings.Contains(string(tables), want) {
 			err = errors.New("not yet")
 		}
