@@ -22,7 +22,7 @@ func TestExamples(t *testing.T) {
 	}
 	for _, file := range files {
 		t.Run(filepath.Base(file), func(t *testing.T) {
-			c := c.For(t)
+			c := c.In(t)
 			t.Cleanup(func() { _, _ = c.TryKubectl("delete", "namespace", clustertest.System, "--ignore-not-found") })
 			c.Apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: " + clustertest.System + "}\n")
 			made := c.Helm("template", clustertest.Release, c.Chart(), "--values", file, "--show-only", "templates/objects.yaml")

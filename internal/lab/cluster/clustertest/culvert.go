@@ -9,7 +9,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"testing"
 	"time"
 )
 
@@ -113,9 +112,6 @@ func (c *Cluster) remove() {
 		c.t.Errorf("%v: %s", err, out)
 	}
 }
-
-// For is the cluster for a subtest, whose end undoes what was done through it.
-func (c *Cluster) For(t testing.TB) *Cluster { return &Cluster{Cluster: c.Cluster, t: t} }
 
 // Helm runs the helm that hack/helm pins and returns what it printed.
 func (c *Cluster) Helm(args ...string) string {
