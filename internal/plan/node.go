@@ -108,11 +108,11 @@ func (p *nodePlanner) gateway(gw *model.Gateway) {
 	}
 	pods := slices.Clone(p.facts.Pods[gw.ID])
 	slices.SortFunc(pods, func(a, b GatewayPod) int { return compareStrings(a.Name, b.Name) })
-	var hop func(netstate.Family) netstate.Route
+	linked := map[string]bool{} // the pods at the other end of the node link
 	if gw.NodeLink == linkEncapsulated {
 		p.guard.Sources = append(p.guard.Sources, ranges...)
 		for _, pod := range pods {
-			p.encapsulated(gw, pod)
+			linked[pod.Name] = p.encapsulated(gw, pod)
 		}
 	}
 	active := slices.IndexFunc(pods, func(g GatewayPod) bool { return g.Active })
@@ -120,10 +120,13 @@ func (p *nodePlanner) gateway(gw *model.Gateway) {
 		p.out.Waiting[name] = "no pod of it is active: its sites and devices are unreachable until one is"
 		return
 	}
-	if hop = p.direct(pods[active], gw.NodeLink); gw.NodeLink == linkEncapsulated {
+	hop := p.direct(pods[active], gw.NodeLink)
+	if gw.NodeLink == linkEncapsulated {
 		hop = overLink(pods[active])
 	}
-	p.routes(gw, ranges, hop)
+	if gw.NodeLink != linkEncapsulated || linked[pods[active].Name] {
+		p.routes(gw, ranges, hop)
+	}
 }
 
 func compareStrings(a, b string) int {
@@ -173,8 +176,8 @@ func (p *nodePlanner) clusters(gw *model.Gateway, r netip.Prefix) string {
 	return ""
 }
 
-// encapsulated adds a pod to the far ends of the node link.
-func (p *nodePlanner) encapsulated(gw *model.Gateway, pod GatewayPod) {
+// encapsulated adds a pod to the far ends of the node link; false: it cannot be one.
+func (p *nodePlanner) encapsulated(gw *model.Gateway, pod GatewayPod) bool {
 	family := outerFamily(pod.PodIPs)
 	own := addressOf(p.facts.Node.Addresses, family)
 	name := fmt.Sprintf("gateway %s/%s", gw.Namespace, pod.Name)
@@ -182,23 +185,24 @@ func (p *nodePlanner) encapsulated(gw *model.Gateway, pod GatewayPod) {
 	switch {
 	case !ok:
 		p.out.Waiting[GatewayName(gw.ID)] = "pod " + pod.Name + " has no address yet"
-		return
+		return false
 	case !own.IsValid():
 		p.out.Waiting[GatewayName(gw.ID)] = fmt.Sprintf("this node has no IPv%d address, which the gateway's pods have", family)
-		return
+		return false
 	}
 	if p.vxlan == nil {
 		p.vxlan = &netstate.VXLAN{ID: netstate.NodeLinkID, Port: netstate.NodeLinkPort, Family: family, MAC: linkMAC(own)}
 	}
 	if p.vxlan.Family != family {
 		p.out.Waiting[GatewayName(gw.ID)] = fmt.Sprintf("the node link runs over IPv%d here, and pod %s has no such address", p.vxlan.Family, pod.Name)
-		return
+		return false
 	}
 	p.guard.Outer = append(append(p.guard.Outer, pod.PodIPs...), pod.HostIPs...)
 	same := func(o netstate.VXLANPeer) bool { return o.MAC == peer.MAC }
 	if !slices.ContainsFunc(p.vxlan.Peers, same) {
 		p.vxlan.Peers = append(p.vxlan.Peers, peer)
 	}
+	return true
 }
 
 // overLink is the next hop to a pod over the node link.

@@ -41,7 +41,8 @@ type cluster struct {
 	pods     [3]*labtest.Host
 	gateway  *labtest.Host
 	site     *labtest.Host
-	on       int // the node that the gateway is on
+	on       int  // the node that the gateway is on
+	only6    bool // the gateway's pod has no IPv4 address, as far as anybody knows
 	model    model.Model
 	mtu      int
 	appliers map[*labtest.Host]*applier
@@ -176,6 +177,9 @@ func addrs(list ...string) []netip.Addr {
 }
 
 func (c *cluster) podIPs() []netip.Addr {
+	if c.only6 {
+		return addrs(fmt.Sprintf(gwAddr6, c.on))
+	}
 	return addrs(fmt.Sprintf(gwAddr, c.on), fmt.Sprintf(gwAddr6, c.on))
 }
 
@@ -183,9 +187,12 @@ func (c *cluster) podIPs() []netip.Addr {
 func (c *cluster) nodePlan(i int) plan.NodeResult {
 	facts := plan.NodeFacts{
 		Node: c.model.Nodes[i-1], UnderlayMTU: c.mtu, OnLink: map[netip.Addr]bool{},
-		Pods: map[model.ID][]plan.GatewayPod{c.model.Gateways[0].ID: {{
+		Pods: map[model.ID][]plan.GatewayPod{},
+	}
+	if c.on != 0 {
+		facts.Pods[c.model.Gateways[0].ID] = []plan.GatewayPod{{
 			Name: "edge-0", Node: fmt.Sprintf("node-%d", c.on), PodIPs: c.podIPs(), HostIPs: c.model.Nodes[c.on-1].Addresses, Active: true,
-		}}},
+		}}
 	}
 	for _, n := range c.model.Nodes {
 		for _, a := range n.Addresses {
@@ -207,10 +214,10 @@ func (c *cluster) apply() {
 	c.applier(c.gateway).set(c.t, c.gatewayPlan().State)
 	for i := 1; i <= 2; i++ {
 		r := c.nodePlan(i)
-		c.applier(c.nodes[i]).set(c.t, r.State)
 		if len(r.Waiting) > 0 {
 			c.t.Logf("node %d waits: %v", i, r.Waiting)
 		}
+		c.applier(c.nodes[i]).set(c.t, r.State)
 	}
 }
 
