@@ -7,7 +7,7 @@ packages=(
 	ca-certificates curl jq procps kmod openssl
 	# networks of namespaces, and the programs that look at them
 	iproute2 iputils-ping ethtool nftables iptables conntrack
-	tcpdump socat iperf3 dnsutils netcat-openbsd haproxy
+	tcpdump socat iperf3 dnsutils netcat-openbsd haproxy openvpn
 	# real peers
 	wireguard-tools wireguard-go
 	charon-systemd strongswan-swanctl strongswan-pki

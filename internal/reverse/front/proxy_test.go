@@ -1,6 +1,9 @@
 package front
 
 import (
+	"crypto/x509"
+	"encoding/pem"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -271,4 +274,69 @@ func TestCurl(t *testing.T) {
 			t.Errorf("%s: %q, %v; want %s", url, out, err, status)
 		}
 	}
+}
+
+// An unmodified OpenVPN reaches its server through the front as through any HTTP proxy,
+// and comes back when it is cut off.
+func TestOpenVPN(t *testing.T) {
+	labtest.Require(t, "openvpn")
+	ca := newAuthority(t)
+	dir := t.TempDir()
+	files := map[string][]byte{"ca.pem": pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: ca.cert.Raw})}
+	key, err := x509.MarshalPKCS8PrivateKey(ca.key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	files["key.pem"] = pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: key})
+	for _, name := range []string{"server", "client"} {
+		cert := ca.certificate(t, name+".example.com")
+		files[name+".pem"] = pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert.Certificate[0]})
+	}
+	for name, text := range files {
+		writeFile(t, dir, name, string(text))
+	}
+	address := freePort(t)
+	_, listen, _ := net.SplitHostPort(address)
+	openvpn := func(name string, args ...string) *records {
+		log := &records{}
+		// No tunnel device: what is tested ends where packets would begin.
+		args = append([]string{"--dev", "null", "--verb", "3", "--ca", "ca.pem", "--cert", name + ".pem", "--key", "key.pem",
+			"--connect-retry", "1", "2", "--ping", "1", "--ping-restart", "4"}, args...)
+		cmd := exec.Command("openvpn", args...)
+		cmd.Dir, cmd.Stdout, cmd.Stderr = dir, log, log
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+		return log
+	}
+	completed := func(log *records, times int) {
+		t.Helper()
+		eventually(t, 30*time.Second, "the tunnel is up", func() error {
+			if text := log.String(); strings.Count(text, "Initialization Sequence Completed") < times {
+				return errors.New(text)
+			}
+			return nil
+		})
+	}
+	r := Route{ServerName: "vpn.example.com", ConnectPort: 1194, Content: ContentTCP, Backends: []Backend{{Address: address}}}
+	f := start(t, Options{}, r)
+	host, proxy, _ := net.SplitHostPort(f.address)
+	server := openvpn("server", "--tls-server", "--dh", "none", "--proto", "tcp-server", "--local", "127.0.0.1", "--lport", listen)
+	client := openvpn("client", "--tls-client", "--nobind", "--proto", "tcp-client", "--remote", "vpn.example.com", "1194", "--http-proxy", host, proxy)
+	completed(client, 1)
+	completed(server, 1)
+	f.set() // the table is empty: what is under way goes on
+	time.Sleep(time.Second)
+	if open, _ := f.Counts(); open != 1 {
+		t.Errorf("%d connections", open)
+	}
+	f.set(r)
+	for _, c := range f.relayed() { // cut off, it comes back
+		c.end(Reset)
+	}
+	completed(client, 2)
+	f.record(func(r map[string]any) bool {
+		return r["protocol"] == protocolConnect && r["serverName"] == "vpn.example.com" && r["verdict"] == "relayed"
+	})
 }

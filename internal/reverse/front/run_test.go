@@ -75,6 +75,40 @@ tenants:
 	}
 }
 
+// 20,000 routes of as many tenants are read and put into effect in seconds.
+func TestLargeTable(t *testing.T) {
+	var b strings.Builder
+	b.WriteString("routes:\n")
+	for i := range 20_000 {
+		fmt.Fprintf(&b, "- serverName: h0-%08d-1b0a-4c9e-9a39-2f7f0c6f8d11.front.example.com\n  tenant: t%d\n  backends: [{address: \"hub-0.hub.t%d.svc:8443\", proxyProtocol: V2}]\n", i, i, i)
+	}
+	b.WriteString("tenants:\n")
+	for i := range 20_000 {
+		fmt.Fprintf(&b, "- {name: t%d, maxConnections: 10}\n", i)
+	}
+	begin := time.Now()
+	table, err := ParseTable([]byte(b.String()))
+	if err != nil {
+		t.Fatal(err)
+	}
+	parsed := time.Since(begin)
+	f := New(Options{})
+	defer f.Close()
+	begin = time.Now()
+	if changed, err := f.Set(t.Context(), table); changed != 20_000 || err != nil {
+		t.Errorf("%d changes, %v", changed, err)
+	}
+	set := time.Since(begin)
+	begin = time.Now()
+	if changed, err := f.Set(t.Context(), table); changed != 0 || err != nil {
+		t.Errorf("%d changes, %v", changed, err)
+	}
+	t.Logf("%d KB of YAML in %s, set in %s, set again in %s", b.Len()>>10, parsed, set, time.Since(begin))
+	if parsed > 30*time.Second || set > 5*time.Second {
+		t.Error("that is too slow")
+	}
+}
+
 // running is a front run as a process runs it.
 type running struct {
 	address, http string

@@ -161,17 +161,28 @@ func (t Table) normal() (Table, error) {
 		names[r.ServerName] = i
 		out.Routes[i] = r
 	}
+	return out, out.checkTenants()
+}
+
+// checkTenants says what is wrong with the tenants of a table whose routes are normal.
+func (t Table) checkTenants() error {
+	routed := make(map[string]bool, len(t.Routes))
+	for _, r := range t.Routes {
+		routed[r.Tenant] = true
+	}
+	listed := make(map[string]bool, len(t.Tenants))
 	for i, tenant := range t.Tenants {
 		path := fmt.Sprintf("tenants[%d]", i)
 		if err := tenant.check(path); err != nil {
-			return Table{}, err
+			return err
 		}
-		if slices.ContainsFunc(t.Tenants[:i], func(o Tenant) bool { return o.Name == tenant.Name }) {
-			return Table{}, fmt.Errorf("%s.name: %q is listed twice: remove one", path, tenant.Name)
+		if listed[tenant.Name] {
+			return fmt.Errorf("%s.name: %q is listed twice: remove one", path, tenant.Name)
 		}
-		if !slices.ContainsFunc(out.Routes, func(r Route) bool { return r.Tenant == tenant.Name }) {
-			return Table{}, fmt.Errorf("%s.name: no route has the tenant %q: correct the name or remove the entry", path, tenant.Name)
+		if !routed[tenant.Name] {
+			return fmt.Errorf("%s.name: no route has the tenant %q: correct the name or remove the entry", path, tenant.Name)
 		}
+		listed[tenant.Name] = true
 	}
-	return out, nil
+	return nil
 }
