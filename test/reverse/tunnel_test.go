@@ -225,3 +225,33 @@ func TestHalfClose(t *testing.T) {
 		t.Errorf("%q, %v", b, err)
 	}
 }
+
+// A connection that outlives every time limit of opening it, idle and busy.
+func TestLongLived(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.startHubs(1)
+	n.startSpoke("a")
+	e := n.startEgress()
+	to := serve(t, func(c *net.TCPConn) { // slowly, for 12 s
+		for range 120 {
+			if _, err := c.Write(make([]byte, 100<<10)); err != nil {
+				return
+			}
+			time.Sleep(100 * time.Millisecond)
+		}
+		_ = c.Close()
+	})
+	idle, err := e.connect(serve(t, echo))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := e.connect(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	if got, err := io.Copy(io.Discard, c); err != nil || got != 120*100<<10 {
+		t.Errorf("%d bytes, %v", got, err)
+	}
+	exchange(t, idle)
+}

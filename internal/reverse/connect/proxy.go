@@ -89,6 +89,6 @@ func (c *counted) Write(b []byte) (int, error) {
 
 // Close implements net.Conn.
 func (c *counted) Close() error {
-	c.once.Do(func() { c.meter.Closed(c.out.Load(), c.in.Load()) })
+	c.once.Do(func() { c.meter.Closed(c.out.Load(), c.in.Load(), nil) })
 	return c.Conn.Close()
 }

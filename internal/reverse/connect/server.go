@@ -217,12 +217,12 @@ func (s *Server) connect(ctx context.Context, conn net.Conn, target string, rest
 	}
 	if err != nil {
 		_, _ = conn.Close(), st.Close()
-		s.Meter.Closed(0, 0)
+		s.Meter.Closed(0, 0, err)
 		return
 	}
 	_ = conn.SetDeadline(time.Time{})
-	to, from, _ := mux.RelayAfter(func() { awaitRead(conn) }, both, st)
-	s.Meter.Closed(to, from)
+	to, from, err := mux.RelayAfter(func() { awaitRead(conn) }, both, st)
+	s.Meter.Closed(to, from, err)
 }
 
 // webServer serves requests that are not CONNECT, on connections that are handed to it.

@@ -48,11 +48,14 @@ func (h *Hub) target(ctx context.Context, client *mux.Stream, open wire.Open) {
 	h.opts.Meter.Opened("target", opened.Dial, time.Since(began))
 	if err := client.Accept(opened.Append(nil)); err != nil {
 		_, _ = st.Close(), client.Close()
-		h.opts.Meter.Closed(0, 0)
+		h.opts.Meter.Closed(0, 0, err)
 		return
 	}
-	to, from, _ := mux.Relay(client, st)
-	h.opts.Meter.Closed(to, from)
+	to, from, err := mux.Relay(client, st)
+	if err != nil {
+		h.opts.Logger.Debug("stream cut", "target", open.Target, "error", err)
+	}
+	h.opts.Meter.Closed(to, from, err)
 }
 
 // export dials the target of an export for a spoke.
@@ -66,11 +69,11 @@ func (h *Hub) export(ctx context.Context, st *mux.Stream, open wire.Open) {
 	h.opts.Meter.Opened("export", took, 0)
 	if err := st.Accept(wire.Opened{Dial: took}.Append(nil)); err != nil {
 		_, _ = conn.Close(), st.Close()
-		h.opts.Meter.Closed(0, 0)
+		h.opts.Meter.Closed(0, 0, err)
 		return
 	}
-	from, to, _ := mux.Relay(conn, st)
-	h.opts.Meter.Closed(to, from)
+	from, to, err := mux.Relay(conn, st)
+	h.opts.Meter.Closed(to, from, err)
 }
 
 func (h *Hub) dialExport(ctx context.Context, open wire.Open) (mux.Conn, time.Duration, *wire.Refusal) {

@@ -20,6 +20,7 @@ type Meter struct {
 	bytes    *prometheus.CounterVec
 	sessions *prometheus.GaugeVec
 	lost     prometheus.Counter
+	cut      prometheus.Counter
 	expires  prometheus.Gauge
 }
 
@@ -44,9 +45,10 @@ func New(r prometheus.Registerer, part, remoteCluster string) *Meter {
 		bytes:    prometheus.NewCounterVec(prometheus.CounterOpts(opts("bytes_total", "Bytes of streams; direction: to or from the target.")), []string{"direction"}),
 		sessions: prometheus.NewGaugeVec(prometheus.GaugeOpts(opts("connections", "Connections to the other end; peer: its name.")), []string{"peer"}),
 		lost:     prometheus.NewCounter(prometheus.CounterOpts(opts("connections_lost_total", "Connections to the other end that ended without having been asked to."))),
+		cut:      prometheus.NewCounter(prometheus.CounterOpts(opts("streams_cut_total", "Streams that one side cut instead of ending them."))),
 		expires:  prometheus.NewGauge(prometheus.GaugeOpts(opts("certificate_expiration_seconds", "Unix time at which the own certificate expires."))),
 	}
-	r.MustRegister(m.refused, m.opened, m.open, m.dial, m.total, m.bytes, m.sessions, m.lost, m.expires)
+	r.MustRegister(m.refused, m.opened, m.open, m.dial, m.total, m.bytes, m.sessions, m.lost, m.cut, m.expires)
 	return m
 }
 
@@ -73,10 +75,13 @@ func (m *Meter) Opened(kind string, dial, total time.Duration) {
 	}
 }
 
-// Closed counts the end of a stream that was opened.
-func (m *Meter) Closed(to, from int64) {
+// Closed counts the end of a stream that was opened; err is why it was cut, if it was.
+func (m *Meter) Closed(to, from int64, err error) {
 	if m == nil {
 		return
+	}
+	if err != nil {
+		m.cut.Inc()
 	}
 	m.open.Dec()
 	m.bytes.WithLabelValues("to").Add(float64(to))

@@ -138,11 +138,14 @@ func (s *Spoke) accept(st *mux.Stream) {
 	s.opts.Meter.Opened("target", took, 0)
 	if err := st.Accept(wire.Opened{Dial: took}.Append(nil)); err != nil {
 		_, _ = conn.Close(), st.Close()
-		s.opts.Meter.Closed(0, 0)
+		s.opts.Meter.Closed(0, 0, err)
 		return
 	}
-	from, to, _ := mux.Relay(conn, st)
-	s.opts.Meter.Closed(to, from)
+	from, to, err := mux.Relay(conn, st)
+	if err != nil {
+		s.opts.Logger.Debug("stream cut", "target", t, "error", err)
+	}
+	s.opts.Meter.Closed(to, from, err)
 }
 
 func (s *Spoke) refuse(st *mux.Stream, r *wire.Refusal) {
@@ -172,6 +175,6 @@ func (s *Spoke) serveExport(ctx context.Context, l wire.Listener, conn net.Conn)
 		return
 	}
 	s.opts.Meter.Opened("export", opened.Dial, time.Since(began))
-	to, from, _ := mux.Relay(both, st)
-	s.opts.Meter.Closed(to, from)
+	to, from, err := mux.Relay(both, st)
+	s.opts.Meter.Closed(to, from, err)
 }
