@@ -11,6 +11,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -172,6 +173,18 @@ func TestGatewayComesAndGoes(t *testing.T) {
 	if got := says(late.Status.Conditions, v1alpha1.ConditionAccepted); !strings.HasPrefix(got, "False Overlap spec.cidrs[0]: 192.168.1.128/25") {
 		t.Errorf("the newcomer's condition: %s", got)
 	}
+	eventually(t, 10*time.Second, func() error {
+		var events eventsv1.EventList
+		if err := shared.client.List(t.Context(), &events, client.InNamespace(ns)); err != nil {
+			return err
+		}
+		for _, e := range events.Items {
+			if e.Regarding.Name == "late" && e.Reason == "Overlap" && e.Type == corev1.EventTypeWarning {
+				return nil
+			}
+		}
+		return fmt.Errorf("no event about the refused site among %d", len(events.Items))
+	})
 	var g v1alpha1.VPNGateway
 	if err := get(&g, ns, "edge"); err != nil {
 		t.Fatal(err)

@@ -23,8 +23,11 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-logr/logr"
+	eventsv1 "k8s.io/api/events/v1"
 	"k8s.io/client-go/tools/clientcmd"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	logf "sigs.k8s.io/controller-runtime/pkg/log"
 
 	"github.com/culvert-vpn/culvert/internal/lab/cluster"
 	"github.com/culvert-vpn/culvert/internal/operator"
@@ -50,6 +53,7 @@ type plane struct {
 var shared *plane
 
 func TestMain(m *testing.M) {
+	logf.SetLogger(logr.Discard())
 	os.Exit(func() int {
 		p, err := startPlane()
 		defer p.stop()
@@ -86,17 +90,24 @@ func startPlane() (*plane, error) {
 	if err := p.startControllers(); err != nil {
 		return p, err
 	}
-	config, err := clientcmd.BuildConfigFromFlags("", p.kubeconfig)
+	p.client, err = newClient(p.kubeconfig)
+	return p, err
+}
+
+func newClient(kubeconfig string) (client.Client, error) {
+	config, err := clientcmd.BuildConfigFromFlags("", kubeconfig)
 	if err != nil {
-		return p, err
+		return nil, err
 	}
 	config.QPS, config.Burst = 1000, 2000
 	scheme, err := operator.NewScheme()
 	if err != nil {
-		return p, err
+		return nil, err
 	}
-	p.client, err = client.New(config, client.Options{Scheme: scheme})
-	return p, err
+	if err := eventsv1.AddToScheme(scheme); err != nil {
+		return nil, err
+	}
+	return client.New(config, client.Options{Scheme: scheme})
 }
 
 // startServers starts etcd, the API server and the controllers.
