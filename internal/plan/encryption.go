@@ -356,7 +356,7 @@ func (p *encryptionPlanner) guard() {
 	slices.SortFunc(g.Nodes, netip.Addr.Compare)
 	g.Nodes = slices.Compact(g.Nodes)
 	for _, gw := range p.m.Gateways {
-		if !gw.Masquerade && gw.NodeLink == linkEncapsulated {
+		if !gw.Masquerade { // with nodeLink Direct nothing encrypts them: they are not to leave
 			g.Sites = append(g.Sites, p.ranges(gw)...)
 		}
 	}

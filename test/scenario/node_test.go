@@ -1,13 +1,9 @@
 package scenario
 
 import (
-	"encoding/json"
-	"maps"
 	"net/netip"
 	"os"
 	"path/filepath"
-	"slices"
-	"strings"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -15,103 +11,56 @@ import (
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/netstate"
 	"github.com/culvert-vpn/culvert/internal/plan"
-	"github.com/culvert-vpn/culvert/internal/source"
 )
 
-// surroundings are the cluster around a node and a gateway's pod (node.json.txt).
-type surroundings struct {
-	Node        string // this one
-	Nodes       []model.Node
-	Pods        map[string][]plan.GatewayPod // by gateway, "namespace/name"
-	UnderlayMTU int
-	Links       map[netip.Addr]string
-	OnLink      map[netip.Addr]bool
+// Three nodes in two families; the third has published no key yet, the second is about to
+// change its one and has used the new one already.
+func nodes(all, strict bool) (*model.Model, plan.NodeFacts) {
+	node := func(name, a4, a6, p4, p6 string) model.Node {
+		return model.Node{Name: name, Addresses: []netip.Addr{netip.MustParseAddr(a4), netip.MustParseAddr(a6)},
+			PodCIDRs: []netip.Prefix{netip.MustParsePrefix(p4), netip.MustParsePrefix(p6)}}
+	}
+	m := &model.Model{
+		NodeEncryption: &model.NodeEncryption{ID: model.ID{Name: "cluster"}, AllTraffic: all, Strict: strict, Port: 51821, Nodes: []model.NodeTunnel{
+			{Name: "a", PublicKey: netstate.Key{1}, Ready: true},
+			{Name: "b", PublicKey: netstate.Key{2}, NextPublicKey: netstate.Key{3}, Ready: true},
+		}},
+		Nodes: []model.Node{
+			node("a", "172.30.0.11", "fd00:30::11", "10.244.1.0/24", "fd00:244:1::/64"),
+			node("b", "172.30.0.12", "fd00:30::12", "10.244.2.0/24", "fd00:244:2::/64"),
+			node("c", "172.30.0.13", "fd00:30::13", "10.244.3.0/24", "fd00:244:3::/64"),
+		},
+	}
+	met := map[netstate.Key]bool{{2}: true, {3}: true}
+	return m, plan.NodeFacts{Node: m.Nodes[0], Encryption: plan.EncryptionFacts{
+		PublicKey: netstate.Key{1}, Local: []string{"cni0", "veth*"}, Pods: []netip.Prefix{netip.MustParsePrefix("10.244.0.0/16")},
+		Exempt:      []netstate.Exemption{{Name: "API server", Protocol: netstate.TCP, Address: netip.MustParseAddr("172.30.0.11"), Port: 6443}},
+		UnderlayMTU: 1500, Enforced: strict, Met: met, Alive: met,
+	}}
 }
 
-// Each directory with node.json.txt holds objects.yaml and what a node and the gateway's
-// first pod make of them.
 func TestNodePlans(t *testing.T) {
-	files, err := filepath.Glob("*/node.json.txt")
-	if err != nil || len(files) == 0 {
-		t.Fatalf("no scenarios: %v", err)
-	}
-	for _, f := range files {
-		dir := filepath.Dir(f)
-		t.Run(dir, func(t *testing.T) {
-			data, err := os.ReadFile(f)
+	for name, c := range map[string]struct{ all, strict bool }{
+		"node-pods-strict": {false, true}, "node-all-strict": {true, true}, "node-pods-permissive": {false, false},
+	} {
+		t.Run(name, func(t *testing.T) {
+			got := plan.Node(nodes(c.all, c.strict)).State.String()
+			golden := filepath.Join(name, "plan.golden")
+			if *update {
+				if err := os.MkdirAll(name, 0o755); err != nil {
+					t.Fatal(err)
+				}
+				if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			want, err := os.ReadFile(golden)
 			if err != nil {
 				t.Fatal(err)
 			}
-			var s surroundings
-			if err := json.Unmarshal(data, &s); err != nil {
-				t.Fatal(err)
+			if diff := cmp.Diff(string(want), got); diff != "" {
+				t.Errorf("plan differs from %s (-want +got), see -update:\n%s", golden, diff)
 			}
-			m := parse(t, filepath.Join(dir, "objects.yaml"))
-			m.Nodes = s.Nodes
-			golden(t, filepath.Join(dir, "node.golden"), s.node(t, m))
-			golden(t, filepath.Join(dir, "gateway.golden"), s.gateway(m.Gateways[0]).String())
 		})
-	}
-}
-
-func parse(t *testing.T, file string) *model.Model {
-	t.Helper()
-	objects, problems, err := source.Load([]string{file}, nil)
-	if err != nil {
-		t.Fatal(err)
-	}
-	m := model.Parse(objects, model.ParseOptions{SecretsElsewhere: true})
-	for _, p := range append(problems, m.Problems...) {
-		t.Errorf("%s: %s %s: %s: %s", p.Origin, p.Kind, p.Object, p.Field, p.Message)
-	}
-	return m
-}
-
-// node plans the node, and says what waits.
-func (s surroundings) node(t *testing.T, m *model.Model) string {
-	t.Helper()
-	facts := plan.NodeFacts{Pods: map[model.ID][]plan.GatewayPod{}, UnderlayMTU: s.UnderlayMTU, Links: s.Links, OnLink: s.OnLink}
-	for name, pods := range s.Pods {
-		ns, gw, _ := strings.Cut(name, "/")
-		facts.Pods[model.ID{Namespace: ns, Name: gw}] = pods
-	}
-	for _, n := range s.Nodes {
-		if n.Name == s.Node {
-			facts.Node = n
-		}
-	}
-	r := plan.Node(m, facts)
-	if diff := netstate.Diff(r.State, plan.Node(m, facts).State); diff != nil {
-		t.Errorf("two plans differ: %v", diff)
-	}
-	out := r.State.String()
-	for _, object := range slices.Sorted(maps.Keys(r.Waiting)) {
-		out += "waiting " + object + ": " + r.Waiting[object] + "\n"
-	}
-	return out
-}
-
-// gateway plans the gateway's first pod.
-func (s surroundings) gateway(gw *model.Gateway) netstate.State {
-	facts := plan.Facts{Nodes: s.Nodes, UnderlayMTU: s.UnderlayMTU}
-	if pods := s.Pods[gw.ID.String()]; len(pods) > 0 {
-		facts.NodeName, facts.PodIPs = pods[0].Node, pods[0].PodIPs
-	}
-	return plan.Gateway(gw, facts).State
-}
-
-func golden(t *testing.T, file, got string) {
-	t.Helper()
-	if *update {
-		if err := os.WriteFile(file, []byte(got), 0o644); err != nil {
-			t.Fatal(err)
-		}
-	}
-	want, err := os.ReadFile(file)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if diff := cmp.Diff(string(want), got); diff != "" {
-		t.Errorf("plan differs from %s (-want +got), see -update:\n%s", file, diff)
 	}
 }

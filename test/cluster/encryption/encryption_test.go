@@ -1,0 +1,371 @@
+// Package encryption holds the encryption between nodes to its promises on a real cluster:
+// nothing in the clear, no lock-out on an upgrade, each agent speaks for its own node only,
+// and nothing stays behind.
+package encryption
+
+import (
+	"bufio"
+	"context"
+	"encoding/json"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/culvert-vpn/culvert/internal/lab/cluster"
+	"github.com/culvert-vpn/culvert/internal/lab/cluster/clustertest"
+	"github.com/culvert-vpn/culvert/internal/lab/labtest"
+)
+
+const namespace = "encryption"
+
+// world is the cluster with a server pod on each node, and somebody who listens on its wires.
+type world struct {
+	*clustertest.Cluster
+	t *testing.T
+
+	mu    sync.Mutex
+	plain map[string][]string // by node: what was in the clear
+}
+
+func newWorld(t *testing.T) *world {
+	t.Helper()
+	labtest.Require(t, "tcpdump")
+	w := &world{Cluster: clustertest.Start(t, cluster.Options{Nodes: 2}), t: t, plain: map[string][]string{}}
+	w.Install("--set", "agent.podRanges={10.244.0.0/16,fd00:244::/32}")
+	w.Namespace(namespace)
+	var pods strings.Builder
+	for _, n := range w.Nodes {
+		fmt.Fprintf(&pods, `---
+apiVersion: v1
+kind: Pod
+metadata: {name: web-%[1]s, namespace: %[3]s, labels: {app: web, node: %[1]s}}
+spec:
+  nodeName: %[1]s
+  terminationGracePeriodSeconds: 1
+  containers:
+  - {name: server, image: "%[2]s", imagePullPolicy: Never, readinessProbe: {httpGet: {path: /, port: 8080}, periodSeconds: 1}}
+---
+apiVersion: v1
+kind: Service
+metadata: {name: web-%[1]s, namespace: %[3]s}
+spec: {selector: {node: %[1]s}, ports: [{port: 80, targetPort: 8080}]}
+`, n.Name, cluster.TestImage, namespace)
+	}
+	w.Apply(pods.String())
+	w.Wait(namespace, "--all")
+	for _, n := range w.Nodes {
+		w.listen(n)
+	}
+	return w
+}
+
+// listen notes what goes over a node's wire in the clear: what has a pod at an end, and what
+// nodes say to each other, other than WireGuard and neighbour discovery.
+func (w *world) listen(n *cluster.Node) {
+	w.t.Helper()
+	var between []string
+	for _, o := range w.Nodes {
+		if o.Name != n.Name {
+			for i, ip := range o.IPs() {
+				between = append(between, fmt.Sprintf("(host %s and host %s)", ip, n.IPs()[i]))
+			}
+		}
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	cmd := n.Command(ctx, "tcpdump", "-n", "-l", "-q", "-p", "-i", "eth0",
+		"(net 10.244.0.0/16 or net fd00:244::/32 or "+strings.Join(between, " or ")+") and not arp and not udp port 51821 and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137)")
+	out, err := cmd.StdoutPipe()
+	if err == nil {
+		err = n.Start(cmd)
+	}
+	if err != nil {
+		cancel()
+		w.t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for lines := bufio.NewScanner(out); lines.Scan(); {
+			w.mu.Lock()
+			w.plain[n.Name] = append(w.plain[n.Name], lines.Text())
+			w.mu.Unlock()
+		}
+		_ = cmd.Wait()
+	}()
+	w.t.Cleanup(func() { cancel(); <-done })
+}
+
+// heard takes what was noted so far.
+func (w *world) heard() map[string][]string {
+	time.Sleep(200 * time.Millisecond)
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	out := w.plain
+	w.plain = map[string][]string{}
+	return out
+}
+
+// silence sees that nothing went over any wire in the clear.
+func (w *world) silence(t *testing.T, what string) {
+	t.Helper()
+	for node, lines := range w.heard() {
+		t.Errorf("%s: %d packets in the clear at %s: %s", what, len(lines), node, strings.Join(lines[:min(len(lines), 4)], "; "))
+	}
+}
+
+func (w *world) ips(pod string) []string {
+	w.t.Helper()
+	return strings.Fields(w.Kubectl("-n", namespace, "get", "pod", pod, "-o", "jsonpath={.status.podIPs[*].ip}"))
+}
+
+func url(ip string) string {
+	if strings.Contains(ip, ":") {
+		ip = "[" + ip + "]"
+	}
+	return "http://" + ip + ":8080/"
+}
+
+// request is one way that traffic takes.
+type request struct {
+	what string
+	do   func() (string, error)
+}
+
+// requests are those between pods, hosts and services of two nodes, DNS, and what the API
+// server asks of a kubelet.
+func (w *world) requests() []request {
+	w.t.Helper()
+	var out []request
+	for _, a := range w.Nodes {
+		for _, b := range w.Nodes {
+			if a.Name == b.Name {
+				continue
+			}
+			pod := "web-" + a.Name
+			service := strings.TrimSpace(w.Kubectl("-n", namespace, "get", "service", "web-"+b.Name, "-o", "jsonpath={.spec.clusterIP}"))
+			for _, target := range append([]string{}, w.ips("web-"+b.Name)...) {
+				out = append(out,
+					request{pod + " to pod " + target, func() (string, error) { return w.inPod(pod, "get", url(target)) }},
+					request{"host " + a.Name + " to pod " + target, func() (string, error) { return w.onNode(a, "get", url(target)) }})
+			}
+			out = append(out, request{pod + " to a service", func() (string, error) { return w.inPod(pod, "get", "http://"+service+"/") }},
+				request{"host " + a.Name + " to a service", func() (string, error) { return w.onNode(a, "get", "http://"+service+"/") }},
+				request{pod + " asks DNS", func() (string, error) {
+					return w.inPod(pod, "lookup", "kubernetes.default.svc.cluster.local", "10.96.0.10")
+				}})
+			for _, ip := range b.IPs() {
+				out = append(out, request{"host " + a.Name + " to host " + ip.String(), func() (string, error) { return w.ping(a, ip) }})
+			}
+		}
+	}
+	return out
+}
+
+func (w *world) inPod(pod string, args ...string) (string, error) {
+	return w.Exec(namespace, pod, append([]string{"/server"}, args...)...)
+}
+
+func (w *world) onNode(n *cluster.Node, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	defer cancel()
+	return n.Output(ctx, w.TestServer(), args...)
+}
+
+func (w *world) ping(n *cluster.Node, to netip.Addr) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
+	defer cancel()
+	return n.Output(ctx, "ping", "-c1", "-W1", to.String())
+}
+
+// works waits until every request is answered.
+func (w *world) works(t *testing.T, requests []request) {
+	t.Helper()
+	for _, r := range requests {
+		labtest.Eventually(t, 20*time.Second, r.what, func() error { _, err := r.do(); return err })
+	}
+}
+
+func encryption(enforcement string) string {
+	return "apiVersion: culvert.dev/v1alpha1\nkind: NodeEncryption\nmetadata: {name: cluster}\nspec: {scope: All, enforcement: " + enforcement + "}\n"
+}
+
+func (w *world) enforced() {
+	w.t.Helper()
+	w.Kubectl("wait", "nodeencryption/cluster", "--for=condition=Enforced", "--timeout=60s")
+	for _, n := range w.Nodes {
+		labtest.Eventually(w.t, 10*time.Second, n.Name+" drops", func() error {
+			out, err := n.Output(context.Background(), "nft", "list", "chain", "inet", "culvert-guard", "out_pods")
+			if err == nil && !strings.Contains(out, "drop") {
+				err = fmt.Errorf("not yet: %s", out)
+			}
+			return err
+		})
+	}
+}
+
+func TestEncryption(t *testing.T) {
+	w := newWorld(t)
+	requests := w.requests()
+	w.works(t, requests)
+	heard := w.heard()
+	for _, n := range w.Nodes {
+		if len(heard[n.Name]) < 20 {
+			t.Fatalf("with encryption off %d packets in the clear were heard at %s: the test proves nothing", len(heard[n.Name]), n.Name)
+		}
+		t.Logf("encryption off: %d packets in the clear at %s", len(heard[n.Name]), n.Name)
+	}
+	t.Cleanup(func() { _, _ = w.TryKubectl("delete", "nodeencryption", "cluster", "--ignore-not-found") })
+	w.Apply(encryption("Permissive"))
+	w.Kubectl("wait", "nodeencryption/cluster", "--for=condition=Ready", "--timeout=60s")
+	w.Apply(encryption("Strict"))
+	w.enforced()
+	time.Sleep(time.Second) // what was under way
+	w.heard()
+
+	t.Run("steady", func(t *testing.T) {
+		w.works(t, requests)
+		w.silence(t, "steady")
+	})
+	t.Run("agents killed", func(t *testing.T) {
+		for _, n := range w.Nodes {
+			kill(t, n)
+		}
+		start := time.Now()
+		w.works(t, requests)
+		t.Logf("service was back after %s", time.Since(start).Round(time.Millisecond))
+		w.silence(t, "agents killed")
+	})
+	t.Run("upgrade", func(t *testing.T) {
+		w.Kubectl("-n", clustertest.System, "rollout", "restart", "daemonset/culvert-agent")
+		w.Kubectl("-n", clustertest.System, "rollout", "status", "daemonset/culvert-agent", "--timeout=100s")
+		w.works(t, requests)
+		w.silence(t, "upgrade")
+	})
+	t.Run("key rotation", w.rotation)
+	t.Run("own node only", w.ownNodeOnly)
+	t.Run("off", func(t *testing.T) {
+		w.Kubectl("delete", "nodeencryption", "cluster")
+		for _, n := range w.Nodes {
+			labtest.Eventually(t, 20*time.Second, n.Name+" has nothing of it any more", func() error { return nothingLeft(n) })
+		}
+		w.works(t, requests)
+	})
+}
+
+func nothingLeft(n *cluster.Node) error {
+	ctx := context.Background()
+	if _, err := n.Output(ctx, "ip", "link", "show", "cvtnode0"); err == nil {
+		return fmt.Errorf("cvtnode0 is there")
+	}
+	if _, err := n.Output(ctx, "nft", "list", "table", "inet", "culvert-guard"); err == nil {
+		return fmt.Errorf("the guard is there")
+	}
+	for _, table := range []string{"19630", "19631"} {
+		if out, _ := n.Output(ctx, "ip", "route", "show", "table", table); strings.Contains(out, "proto") {
+			return fmt.Errorf("routes are there: %s", out)
+		}
+	}
+	return nil
+}
+
+// kill kills a node's agent.
+func kill(t *testing.T, n *cluster.Node) {
+	t.Helper()
+	want, err := os.Stat("/run/netns/" + n.Namespace)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, d := range dirs {
+		ns, err := os.Stat(d + "/ns/net")
+		line, _ := os.ReadFile(d + "/cmdline")
+		if err != nil || !os.SameFile(ns, want) || !strings.HasPrefix(string(line), "culvert\x00agent\x00") {
+			continue
+		}
+		pid, _ := strconv.Atoi(filepath.Base(d))
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	t.Fatalf("no agent runs on %s", n.Name)
+}
+
+func (w *world) agentOn(node string) string {
+	w.t.Helper()
+	return strings.TrimSpace(w.Kubectl("-n", clustertest.System, "get", "pods", "-l", "app.kubernetes.io/component=agent",
+		"--field-selector", "spec.nodeName="+node, "-o", "jsonpath={.items[0].metadata.name}"))
+}
+
+func (w *world) rotation(t *testing.T) {
+	key := func() string {
+		return w.Kubectl("get", "nodetunnel", w.Nodes[0].Name, "-o", "jsonpath={.spec.publicKey}{.spec.nextPublicKey}")
+	}
+	before := key()
+	w.Kubectl("annotate", "nodetunnel", w.Nodes[0].Name, "culvert.dev/rotate-key=now", "--overwrite")
+	pod, target := "web-"+w.Nodes[1].Name, w.ips("web-" + w.Nodes[0].Name)[0]
+	var slow time.Duration
+	labtest.Eventually(t, 40*time.Second, "the key is another one", func() error {
+		start := time.Now()
+		if _, err := w.inPod(pod, "get", url(target)); err != nil {
+			return err
+		}
+		slow = max(slow, time.Since(start))
+		if k := key(); k == before || len(k) != len(before) {
+			return fmt.Errorf("not yet: %s", k)
+		}
+		return nil
+	})
+	t.Logf("the slowest request took %s", slow.Round(time.Millisecond))
+	w.works(t, w.requests())
+	w.silence(t, "key rotation")
+}
+
+// ownNodeOnly sees that an agent's token cannot write another node's NodeTunnel, nor take
+// back what is enforced.
+func (w *world) ownNodeOnly(t *testing.T) {
+	own, other := w.Nodes[0].Name, w.Nodes[1].Name
+	token := strings.TrimSpace(w.Kubectl("-n", clustertest.System, "create", "token", "culvert-agent",
+		"--bound-object-kind=Pod", "--bound-object-name="+w.agentOn(own)))
+	as := func(args ...string) (string, error) {
+		return w.TryKubectl(append(args, "--token="+token, "--kubeconfig="+w.bare(t))...)
+	}
+	key := w.Kubectl("get", "nodetunnel", own, "-o", "jsonpath={.spec.publicKey}")
+	patch := func(name string) (string, error) {
+		p, _ := json.Marshal(map[string]any{"spec": map[string]any{"publicKey": key}})
+		return as("patch", "nodetunnel", name, "--type=merge", "-p", string(p))
+	}
+	if out, err := patch(own); err != nil {
+		t.Errorf("an agent cannot write its own NodeTunnel: %v: %s", err, out)
+	}
+	if out, err := patch(other); err == nil || !strings.Contains(err.Error()+out, "the node that it runs on only") {
+		t.Errorf("an agent of %s wrote the NodeTunnel of %s: %v: %s", own, other, err, out)
+	}
+	p := `{"status":{"conditions":[]}}`
+	if out, err := as("patch", "nodeencryption", "cluster", "--subresource=status", "--type=merge", "-p", p); err == nil || !strings.Contains(err.Error()+out, "stays so until") {
+		t.Errorf("an agent took back what is enforced: %v: %s", err, out)
+	}
+}
+
+// bare is a kubeconfig that names the server and nobody who asks.
+func (w *world) bare(t *testing.T) string {
+	t.Helper()
+	data, err := os.ReadFile(w.Kubeconfig())
+	if err != nil {
+		t.Fatal(err)
+	}
+	nobody := regexp.MustCompile(`user: \{[^}]*\}`).ReplaceAll(data, []byte("user: {}"))
+	file := t.TempDir() + "/kubeconfig"
+	if err := os.WriteFile(file, nobody, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	return file
+}
