@@ -131,6 +131,12 @@ func testNodes(t *testing.T, c *clustertest.Cluster) {
 		if !strings.Contains(out, want) {
 			t.Errorf("no node %q in:\n%s", want, out)
 		}
+		for _, link := range []string{"all", "eth0", "cni0"} {
+			got, err := n.Run(t.Context(), "cat", "/proc/sys/net/ipv4/conf/"+link+"/rp_filter")
+			if err != nil || got != "1\n" {
+				t.Errorf("rp_filter of %s on %s is %q, want 1 (%v)", link, n.Name, got, err)
+			}
+		}
 		for i, ip := range podIPs(c, "ground", "on-"+n.Name) {
 			if !n.PodCIDRs()[i].Contains(ip) {
 				t.Errorf("a pod of %s has the address %s, not of %s", n.Name, ip, n.PodCIDRs()[i])
