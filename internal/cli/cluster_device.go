@@ -24,7 +24,7 @@ import (
 )
 
 // addressPatience is how long "device add" waits for the operator.
-const addressPatience = 15 * time.Second
+const addressPatience = 30 * time.Second
 
 // inCluster reports whether a device command is about a cluster, and connects.
 func (d *deviceFlags) inCluster(cmd *cobra.Command) (*connection, error) {
