@@ -39,9 +39,9 @@ var floors = [][]string{
 		"internal/lab",
 	},
 	// 4: the loops.
-	{"internal/gateway", "internal/agent", "internal/operator", "internal/tunnel", "internal/demo"},
-	// 5: the command line.
-	{"internal/cli"},
+	{"internal/gateway", "internal/agent", "internal/operator", "internal/tunnel", "internal/demo", "internal/lab/cluster/clustertest"},
+	// 5: the command line, and peers for tests.
+	{"internal/cli", "test/strongswan"},
 	// 6: the mains, and tests of the whole.
 	{"cmd", "docs", "hack", "test"},
 }
@@ -56,7 +56,7 @@ var appliers = []string{
 }
 
 // forTests are the packages that tests on any floor may import in addition.
-var forTests = []string{"internal/lab"}
+var forTests = []string{"internal/lab", "test/strongswan"}
 
 // Package is what the rules need to know of a package; the names are those of "go list
 // -json".
