@@ -200,6 +200,7 @@ func TestGuard(t *testing.T) {
 	g.IP("addr", "add", "fd00:50::66/128", "dev", "lo")
 	g.IP("addr", "add", "fd00:244:1::77/128", "dev", "lo")
 	g.IP("route", "replace", "fd00:244:2::7/128", "via", "fe80::ac1e:c", "dev", "cvtnodes", "onlink")
+	reaches(t, c.site, "tcp", "fd00:244:2::7", "pod-2 "+siteIP6)
 	got = listenUDP(t, c.pods[2], "[fd00:244:2::7]:9999")
 	for from, want := range map[string]string{"fd00:50::66": "from fd00:50::66", "fd00:244:1::77": ""} {
 		conn, err := dialFrom(g, from, "[fd00:244:2::7]:9999")

@@ -130,14 +130,6 @@ func reaches(t testing.TB, h *labtest.Host, network, to, want string) {
 	})
 }
 
-// blocked sees that a path does not exist.
-func blocked(t testing.TB, h *labtest.Host, network, to string) {
-	t.Helper()
-	if got, err := who(h, network, to, 700*time.Millisecond); err == nil {
-		t.Errorf("%s reaches %s over %s: %q answered", h.Name, to, network, got)
-	}
-}
-
 // transfer sends size bytes there and gets the same back over TCP.
 func transfer(h *labtest.Host, to string, size int64) error {
 	c, err := dial(h, "tcp", to, 20*time.Second)
