@@ -52,7 +52,7 @@ check-vulnerabilities:
 	@hack/vulnerabilities.sh
 
 .PHONY: test
-test: setup build check test-netlab test-kernel ## everything: set-up, build, check, then every layer of tests
+test: setup build check test-netlab test-cluster test-kernel ## everything: set-up, build, check, then every layer of tests
 	@hack/layer.sh "all layers passed"
 
 .PHONY: test-unit test-netlab test-kernel test-cluster
