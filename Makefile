@@ -52,8 +52,14 @@ check-vulnerabilities:
 	@hack/vulnerabilities.sh
 
 .PHONY: test
-test: setup build check test-netlab test-cluster test-kernel ## everything: set-up, build, check, then every layer of tests
+test: setup build check kubernetes test-netlab test-cluster test-kernel ## everything: set-up, build, check, then every layer of tests
 	@hack/layer.sh "all layers passed"
+
+.PHONY: kubernetes
+kubernetes: ## the programs of the tests' Kubernetes, and helm (once; the first time takes some minutes)
+	@hack/layer.sh "Kubernetes and helm for the tests"
+	@hack/kubernetes.sh >/dev/null
+	@hack/helm.sh >/dev/null
 
 .PHONY: test-unit test-netlab test-kernel test-cluster
 test-unit: ## unit and golden tests: no root, no network
