@@ -310,7 +310,7 @@ func (w *world) rotation(t *testing.T) {
 		return w.Kubectl("get", "nodetunnel", w.Nodes[0].Name, "-o", "jsonpath={.spec.publicKey}{.spec.nextPublicKey}")
 	}
 	before := key()
-	w.Kubectl("annotate", "nodetunnel", w.Nodes[0].Name, "culvert.dev/rotate-key=now", "--overwrite")
+	w.Kubectl("annotate", "nodetunnel", w.Nodes[0].Name, fmt.Sprint("culvert.dev/rotate-key=", time.Now().UnixNano()), "--overwrite")
 	pod, target := "web-"+w.Nodes[1].Name, w.ips("web-" + w.Nodes[0].Name)[0]
 	var slow time.Duration
 	labtest.Eventually(t, 40*time.Second, "the key is another one", func() error {
