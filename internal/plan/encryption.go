@@ -289,6 +289,7 @@ func (p *encryptionPlanner) link() {
 		}
 	}
 	s := &p.nodePlanner.out.State
+	p.insideOf(mtu)
 	s.Links = append(s.Links, l)
 	s.WireGuard = append(s.WireGuard, p.wg)
 	s.Firewall.Clamps = append(s.Firewall.Clamps, netstate.Clamp{Link: l.Name, MSS4: uint16(mtu - 40), MSS6: uint16(mtu - 60)})
@@ -297,6 +298,22 @@ func (p *encryptionPlanner) link() {
 	s.Sysctls = append(s.Sysctls, looseReversePath, netstate.Sysctl{Path: "net/ipv4/ip_forward", Value: "1"})
 	if slices.Contains(p.families, netstate.IPv6) {
 		s.Sysctls = append(s.Sysctls, netstate.Sysctl{Path: "net/ipv6/conf/all/forwarding", Value: "1"})
+	}
+}
+
+// insideOf makes the node link fit into the encrypted one, by which it reaches pods of other
+// nodes.
+func (p *encryptionPlanner) insideOf(mtu int) {
+	s := &p.nodePlanner.out.State
+	for i := range s.Links {
+		if l := &s.Links[i]; l.Name == netstate.NodeLinkName {
+			l.MTU = min(l.MTU, linkMTU(mtu, l.VXLAN.Family))
+			for j := range s.Firewall.Clamps {
+				if c := &s.Firewall.Clamps[j]; c.Link == l.Name {
+					c.MSS4, c.MSS6 = uint16(l.MTU-40), uint16(l.MTU-60)
+				}
+			}
+		}
 	}
 }
 

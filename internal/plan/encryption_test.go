@@ -124,3 +124,24 @@ func TestManyNodes(t *testing.T) {
 		t.Errorf("%d peers, want 250", n)
 	}
 }
+
+// The node link runs inside the encrypted one: its packets must fit, and those of sites leave
+// a node in no other way.
+func TestNodeLinkInside(t *testing.T) {
+	m := encrypted(2)
+	id := model.ID{Namespace: "vpn", Name: "edge"}
+	m.Gateways = []*model.Gateway{{ID: id, NodeLink: linkEncapsulated, Sites: []*model.Site{{ID: id, CIDRs: []netip.Prefix{netip.MustParsePrefix("192.168.50.0/24")}}}}}
+	r := Node(m, NodeFacts{Node: m.Nodes[0], Pods: map[model.ID][]GatewayPod{id: {{
+		Name: "edge-0", Node: "node-001", PodIPs: []netip.Addr{netip.MustParseAddr("10.100.1.5")}, HostIPs: m.Nodes[1].Addresses, Active: true,
+	}}}})
+	got := lines(r, "link cvtnodes")[0]
+	if !strings.Contains(got, " mtu 1390") {
+		t.Errorf("%s; want mtu 1390: 1500 less WireGuard's 60 and VXLAN's 50", got)
+	}
+	if got := lines(r, "firewall clamp cvtnodes"); !slices.Equal(got, []string{"firewall clamp cvtnodes mss 1350/1330"}) {
+		t.Errorf("%v", got)
+	}
+	if got := lines(r, "guard sites"); !slices.Equal(got, []string{"guard sites 192.168.50.0/24"}) {
+		t.Errorf("%v", got)
+	}
+}
