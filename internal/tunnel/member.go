@@ -137,17 +137,30 @@ func (m *member) enter(ctx context.Context, role pki.Role, invitation string) er
 		return fmt.Errorf("not joined yet: give --join the file that 'culvert join' printed")
 	case invited != nil && invited.Role != role:
 		return fmt.Errorf("the invitation is for a %s, not for a %s: see 'culvert join --role'", invited.Role, role)
-	case kept != nil && (invited == nil || invited.UID == kept.UID && m.usable(kept)):
-		m.now = kept
-		return m.use()
+	case kept == nil, invited != nil && invited.UID != kept.UID:
+		return m.join(ctx, invited)
 	}
-	return m.join(ctx, invited)
+	// The invitation may lie there for ever; it is used only for want of a certificate.
+	if err := usable(kept); err != nil {
+		if invited == nil {
+			return err
+		}
+		return m.join(ctx, invited)
+	}
+	m.now = kept
+	return m.use()
 }
 
 // usable reports whether a kept certificate still counts, for all that can be seen here.
-func (m *member) usable(kept *Membership) bool {
+func usable(kept *Membership) error {
 	pair, err := parsePair("state", []byte(kept.Pair))
-	return err == nil && time.Now().Before(pair.Leaf.NotAfter)
+	if err != nil {
+		return err
+	}
+	if end := pair.Leaf.NotAfter; time.Now().After(end) {
+		return fmt.Errorf("the certificate for RemoteCluster %s expired at %s: set the clock, or join again with a new 'culvert join'", kept.RemoteCluster, end.UTC().Format(time.RFC3339))
+	}
+	return nil
 }
 
 // use puts the membership into effect.

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"go.uber.org/goleak"
+	"golang.org/x/sys/unix"
 
 	"github.com/culvert-vpn/culvert/internal/reverse/wire"
 )
@@ -331,6 +332,78 @@ func TestRelayKinds(t *testing.T) {
 				}
 				_, _ = client.Close(), server.Close()
 			})
+		}
+	}
+}
+
+// A reset is about what comes, not about what was written before it.
+func TestResetComesBehindData(t *testing.T) {
+	for range 50 {
+		_, a, b := opened(t, Config{})
+		data := bytes.Repeat([]byte("x"), 200<<10)
+		if _, err := b.Write(data); err != nil {
+			t.Fatal(err)
+		}
+		b.Reset([]byte("enough"))
+		got, err := io.ReadAll(a)
+		var reset *ResetError
+		if len(got) != len(data) || !errors.As(err, &reset) || string(reset.Reason) != "enough" {
+			t.Fatalf("%d of %d bytes, %v", len(got), len(data), err)
+		}
+		_ = a.Close()
+	}
+}
+
+// A target that sends its answer and then resets, while its client still talks: every
+// byte that reached us before the reset arrives.
+func TestAnswerBeforeAResetArrives(t *testing.T) {
+	answer := bytes.Repeat([]byte("0123456789abcdef"), 1<<14)
+	for range 20 {
+		relays := make(chan error, 2)
+		target := make(chan *net.TCPConn, 1)
+		s, _ := pair(t, Config{}, func(st *Stream) {
+			a, b := tcpPair(t)
+			target <- b
+			_ = st.Accept(nil)
+			_, _, err := Relay(a, st)
+			relays <- err
+		})
+		st, err := s.Open(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a, client := unixPair(t)
+		go func() { _, _, err := Relay(a, st); relays <- err }()
+		server := <-target
+		go func() { // the client never stops talking
+			for {
+				if _, err := client.Write([]byte("more")); err != nil {
+					return
+				}
+				time.Sleep(100 * time.Microsecond)
+			}
+		}()
+		_, _ = server.Write(answer)
+		raw, err := server.SyscallConn()
+		if err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, func() (sent bool) { // and acknowledged
+			_ = raw.Control(func(fd uintptr) {
+				n, err := unix.IoctlGetInt(int(fd), unix.SIOCOUTQ)
+				sent = err == nil && n == 0
+			})
+			return sent
+		})
+		_ = server.SetLinger(0)
+		_ = server.Close()
+		got := make([]byte, len(answer))
+		if n, err := io.ReadFull(client, got); err != nil || !bytes.Equal(got, answer) {
+			t.Fatalf("%d of %d bytes, %v", n, len(answer), err)
+		}
+		_ = client.Close()
+		if first, second := <-relays, <-relays; first == nil && second == nil {
+			t.Error("a reset is taken for an end")
 		}
 	}
 }

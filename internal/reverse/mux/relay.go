@@ -7,6 +7,7 @@ import (
 	"net"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // Conn is what Relay joins: a connection whose directions end one by one. *net.TCPConn,
@@ -18,29 +19,41 @@ type Conn interface {
 
 // Relay copies between a and b, both ways, until both directions have ended, and closes
 // them. When one side is cut the other one is cut as well, so that nobody takes half of
-// an answer for all of it; the error is then the reason. The counts are bytes from a to b
-// and back.
+// an answer for all of it; what came before the cut is delivered. The error is the reason.
+// The counts are bytes from a to b and back.
 func Relay(a, b Conn) (there, back int64, err error) { return RelayAfter(func() {}, a, b) }
 
 // RelayAfter is Relay that sends a nothing before ready has returned.
 func RelayAfter(ready func(), a, b Conn) (there, back int64, err error) {
-	var once sync.Once
-	cut := func(cause error) {
-		once.Do(func() {
+	var mu sync.Mutex
+	note := func(cause error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if err == nil {
 			err = cause
-			Cut(a)
-			Cut(b)
-		})
+		}
 	}
 	var wg sync.WaitGroup
 	pump := func(dst, src Conn, n *int64) {
 		var failed error
 		if *n, failed = transfer(dst, src); failed == nil {
 			failed = dst.CloseWrite()
+			if failed == nil || ended(failed) {
+				return
+			}
+			failed = &writeError{failed}
 		}
-		if failed != nil && !ended(failed) {
-			cut(failed)
+		note(failed)
+		var write *writeError
+		if errors.As(failed, &write) {
+			// Who no longer reads may have said something before: the other direction brings
+			// that, and ends by itself. Meanwhile nothing may pile up here, since closing a
+			// socket with something to read throws away what is still to be sent.
+			discard(src)
+			return
 		}
+		Cut(dst)
+		_ = src.Close()
 	}
 	wg.Go(func() { ready(); pump(a, b, &back) })
 	pump(b, a, &there)
@@ -48,6 +61,24 @@ func RelayAfter(ready func(), a, b Conn) (there, back int64, err error) {
 	_, _ = a.Close(), b.Close()
 	return there, back, err
 }
+
+// discardFor is how long the rest of a direction that nobody reads is taken off.
+const discardFor = 5 * time.Second
+
+func discard(src Conn) {
+	if st, ok := src.(*Stream); ok {
+		st.stopReading()
+		return
+	}
+	_ = src.SetReadDeadline(time.Now().Add(discardFor))
+	_, _ = io.Copy(io.Discard, src)
+}
+
+// writeError is an error of the connection that was written to.
+type writeError struct{ error }
+
+// Unwrap returns the cause.
+func (e *writeError) Unwrap() error { return e.error }
 
 // ended reports errors of CloseWrite on what the other side closed completely: its data
 // has been delivered.
@@ -108,7 +139,7 @@ func pumpRaw(dst io.Writer, raw syscall.RawConn) (total int64, err error) {
 			return total, err
 		}
 		if _, err := writeChunks(dst, []*chunk{c}); err != nil {
-			return total, err
+			return total, &writeError{err}
 		}
 		total += int64(n)
 	}
@@ -121,7 +152,7 @@ func pumpPlain(dst io.Writer, src io.Reader) (total int64, err error) {
 		n, err := src.Read(small)
 		if n > 0 {
 			if _, err := dst.Write(small[:n]); err != nil {
-				return total, err
+				return total, &writeError{err}
 			}
 			total += int64(n)
 		}
@@ -135,7 +166,7 @@ func pumpPlain(dst io.Writer, src io.Reader) (total int64, err error) {
 				break
 			}
 			if _, err := writeChunks(dst, []*chunk{c}); err != nil {
-				return total, err
+				return total, &writeError{err}
 			}
 			total += int64(k)
 			if k < len(small) {

@@ -354,6 +354,17 @@ func (s *Session) queueFin(id uint32) {
 	s.wake()
 }
 
+// queueReset goes out behind the stream's data: what was written before a reset arrives.
+func (s *Session) queueReset(id uint32, reason []byte) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil {
+		return
+	}
+	s.data.add(wire.Frame{Type: wire.FrameReset, Length: len(reason), Stream: id}, reason)
+	s.wake()
+}
+
 // queueControl goes out before all data.
 func (s *Session) queueControl(t wire.FrameType, id uint32, payload []byte) {
 	s.mu.Lock()

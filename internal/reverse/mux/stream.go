@@ -47,6 +47,7 @@ type Stream struct {
 	credit  int // what we may still send
 	sentFin bool
 
+	deaf   bool  // what comes is dropped, and no credit given
 	err    error // why it ended before its time
 	gone   bool  // forgotten by the session
 	closed bool  // by us
@@ -125,10 +126,10 @@ func (st *Stream) awaitData() error {
 			return ErrClosed
 		case st.in.size > 0:
 			return nil
+		case st.recvFin: // a reset behind it is about the other direction
+			return io.EOF
 		case st.err != nil:
 			return st.err
-		case st.recvFin:
-			return io.EOF
 		case st.readBy.passed():
 			return os.ErrDeadlineExceeded
 		}
@@ -248,7 +249,7 @@ func (st *Stream) WriteTo(w io.Writer) (int64, error) {
 		n, err := writeChunks(w, list)
 		total += n
 		if err != nil {
-			return total, err
+			return total, &writeError{err}
 		}
 		st.mu.Lock()
 		st.consume(size)
@@ -308,7 +309,7 @@ func freeAll(list []*chunk) {
 // fill reads a data frame's payload from the connection.
 func (st *Stream) fill(conn io.Reader, n int) error {
 	st.mu.Lock()
-	if st.err != nil || st.closed || st.recvFin {
+	if st.err != nil || st.closed || st.recvFin || st.deaf {
 		fin := st.recvFin
 		st.mu.Unlock()
 		if fin {
@@ -327,7 +328,7 @@ func (st *Stream) fill(conn io.Reader, n int) error {
 	_, err := io.ReadFull(conn, space)
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	if st.closed { // and the queue cleared
+	if st.closed || st.deaf { // and the queue cleared
 		return err
 	}
 	if err != nil {
@@ -467,10 +468,19 @@ func (st *Stream) end(reason []byte) error {
 	st.writable.Broadcast()
 	st.mu.Unlock()
 	if cut {
-		st.session.queueControl(wire.FrameReset, st.id, reason)
+		st.session.queueReset(st.id, reason)
 	}
 	st.leave()
 	return nil
+}
+
+// stopReading drops what has come and what will come; the other end soon has to wait. The
+// other direction goes on.
+func (st *Stream) stopReading() {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	st.deaf = true
+	st.in.clear()
 }
 
 // LocalAddr implements net.Conn.
