@@ -1,0 +1,112 @@
+package nodelink
+
+import (
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/culvert-vpn/culvert/internal/lab/cluster"
+	"github.com/culvert-vpn/culvert/internal/lab/cluster/clustertest"
+	"github.com/culvert-vpn/culvert/internal/lab/labtest"
+)
+
+// ciliumCRDs are those of the real thing, as its Go module has them.
+func ciliumCRDs(t *testing.T) string {
+	t.Helper()
+	cmd := exec.Command("go", "mod", "download", "-json", "github.com/cilium/cilium@v1.20.2")
+	cmd.Dir = t.TempDir() // outside of any module
+	out, err := cmd.Output()
+	var module struct{ Dir, Error string }
+	if json.Unmarshal(out, &module) != nil || module.Dir == "" {
+		labtest.Skip(t, fmt.Sprintf("needs the Go module github.com/cilium/cilium: %v %s", err, module.Error))
+	}
+	return filepath.Join(module.Dir, "pkg/k8s/apis/cilium.io/client/crds/v2")
+}
+
+// TestCiliumEndpoint plays Cilium's part against its real CRD in a real API server.
+func TestCiliumEndpoint(t *testing.T) {
+	crds := ciliumCRDs(t)
+	w := &world{Cluster: clustertest.Start(t, cluster.Options{Nodes: 2}), t: t}
+	w.Kubectl("apply", "--server-side", "-f", filepath.Join(crds, "ciliumendpoints.yaml"))
+	const config = "nonMasqueradeCIDRs:\n- 10.0.0.0/8\nmasqLinkLocal: true\n"
+	w.Kubectl("create", "configmap", "ip-masq-agent", "-n", "kube-system", "--from-literal=config="+config, "--from-literal=other=kept")
+	t.Cleanup(func() {
+		_, _ = w.TryKubectl("delete", "configmap", "ip-masq-agent", "-n", "kube-system")
+		_, _ = w.TryKubectl("delete", "crd", "ciliumendpoints.cilium.io")
+	})
+	w.Install("--set", "cilium.enabled=true")
+	w.Namespace("link")
+	w.Apply(strings.Replace(objects("Z2F0ZXdheS1nYXRld2F5LWdhdGV3YXktZ2F0ZXdheSE="), "  expose:", "  clusterTraffic: {nodeLink: CiliumEndpoint}\n  expose:", 1))
+	w.Kubectl("-n", "link", "wait", "vgw/edge", "--for=condition=Ready", "--timeout=60s")
+	w.Wait("link", "--all")
+	ips := w.podIPs("culvert-edge-0")
+	if len(ips) != 2 {
+		t.Fatalf("the gateway pod has the addresses %v", ips)
+	}
+	if a := w.Kubectl("-n", "link", "get", "pod", "culvert-edge-0", "-o", "jsonpath={.metadata.annotations}"); !strings.Contains(a, `"config.cilium.io/disable-source-ip-verification":"true"`) {
+		t.Errorf("the pod's annotations lift no source verification: %s", a)
+	}
+	own := fmt.Sprintf(`{"ipv4":"%s","ipv6":"%s"}`, ips[0], ips[1])
+	w.Apply("apiVersion: cilium.io/v2\nkind: CiliumEndpoint\nmetadata: {name: culvert-edge-0, namespace: link}\n" +
+		"status: {id: 7, state: ready, networking: {node: 172.30.0.11, addressing: [" + own + "]}}\n")
+	all := []string{own, `{"ipv4":"10.99.0.0/24"}`, `{"ipv4":"192.168.50.0/24"}`, `{"ipv6":"fd00:50::/64"}`, `{"ipv6":"fd00:99::/64"}`}
+	w.addressing(5*time.Second, all)
+	for range 5 {
+		w.Kubectl("-n", "link", "patch", "ciliumendpoint", "culvert-edge-0", "--type=json", "-p",
+			`[{"op":"replace","path":"/status/networking/addressing","value":[`+own+`]}]`)
+		if took := w.addressing(5*time.Second, all); took > time.Second {
+			t.Errorf("written again after %s, want 1 s at most", took)
+		}
+	}
+	w.masquerade("10.0.0.0/8 10.99.0.0/24 192.168.50.0/24 fd00:50::/64 fd00:99::/64")
+
+	w.Kubectl("-n", "link", "delete", "site", "berlin")
+	w.addressing(5*time.Second, []string{own, `{"ipv4":"10.99.0.0/24"}`, `{"ipv6":"fd00:99::/64"}`})
+	w.masquerade("10.0.0.0/8 10.99.0.0/24 fd00:99::/64")
+	w.Kubectl("-n", "link", "patch", "vgw", "edge", "--type=merge", "-p", `{"spec":{"clusterTraffic":{"nodeLink":"Encapsulated"}}}`)
+	w.masquerade("10.0.0.0/8")
+	if s := w.Kubectl("-n", "kube-system", "get", "configmap", "ip-masq-agent", "-o", "jsonpath={.data.other} {.data.config} {.metadata.annotations}"); !strings.HasPrefix(s, "kept ") || !strings.Contains(s, "masqLinkLocal: true") || strings.Contains(s, "culvert") {
+		t.Errorf("the ConfigMap is %s", s)
+	}
+}
+
+// addressing waits until the CiliumEndpoint has these entries, and says for how long.
+func (w *world) addressing(limit time.Duration, want []string) time.Duration {
+	w.t.Helper()
+	start := time.Now()
+	var took time.Duration
+	labtest.Eventually(w.t, limit, "the CiliumEndpoint is right", func() error {
+		asked := time.Since(start)
+		out := w.Kubectl("-n", "link", "get", "ciliumendpoint", "culvert-edge-0", "-o", "jsonpath={.status.networking.addressing}")
+		if out != "["+strings.Join(want, ",")+"]" {
+			return errors.New(out)
+		}
+		took = asked
+		return nil
+	})
+	return took
+}
+
+// masquerade waits until ip-masq-agent's list is this.
+func (w *world) masquerade(want string) {
+	w.t.Helper()
+	labtest.Eventually(w.t, 5*time.Second, "ip-masq-agent leaves alone "+want, func() error {
+		out := w.Kubectl("-n", "kube-system", "get", "configmap", "ip-masq-agent", "-o", "jsonpath={.data.config}")
+		var got []string
+		for line := range strings.Lines(out) {
+			if s, ok := strings.CutPrefix(strings.TrimSpace(line), "- "); ok {
+				got = append(got, s)
+			}
+		}
+		if !slices.Equal(got, strings.Fields(want)) {
+			return errors.New(out)
+		}
+		return nil
+	})
+}
