@@ -26,7 +26,9 @@ do so without an agent and without an API server: at boot, or when something is 
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
 	cmd.PersistentFlags().StringVar(&state, "state", "/var/lib/culvert-agent", "the agent's directory")
-	open := func() (*guard.Guard, error) { return guard.New(guard.Options{File: filepath.Join(state, agent.GuardFile)}) }
+	open := func() (*guard.Guard, error) {
+		return guard.New(guard.Options{File: filepath.Join(state, agent.GuardFile)})
+	}
 	cmd.AddCommand(
 		&cobra.Command{
 			Use:   "restore",
