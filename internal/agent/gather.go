@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 
+	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
@@ -48,9 +49,10 @@ func (a *Agent) gather(ctx context.Context) (node, error) {
 		found.Nodes = append(found.Nodes, parsed(c.NodeCIDRs)...)
 		n.facts.Pods[d.Ref().ID] = gatewayPods(gw.Status.Endpoints)
 	}
-	n.model, n.problems, _ = a.good.Parse(objects, model.ParseOptions{
+	m, problems, kept := a.good.Parse(objects, model.ParseOptions{
 		SecretsElsewhere: true, InEffect: model.InEffect(objects), Found: unique(found),
 	})
+	n.model, n.problems = judged(m, objects, kept), problems
 	i := slices.IndexFunc(n.model.Nodes, func(o model.Node) bool { return o.Name == a.opts.Node })
 	if i < 0 {
 		return node{}, fmt.Errorf("there is no Node %s: give the name of this node with --node", a.opts.Node)
@@ -58,6 +60,36 @@ func (a *Agent) gather(ctx context.Context) (node, error) {
 	n.facts.Node = n.model.Nodes[i]
 	a.look(ctx, &n)
 	return n, a.encryption.gather(ctx, &n, objects, unique(found).Pods)
+}
+
+// judged leaves out the gateways and sites that the operator has not accepted: it knows more
+// than a node does (the API servers' addresses, for one), and a range that is led to a
+// gateway by mistake may cut the node off. What is kept in its last good version was accepted.
+func judged(m *model.Model, objects model.Objects, kept map[model.Ref]bool) *model.Model {
+	accepted := map[model.Ref]bool{}
+	for _, d := range objects.All() {
+		switch o := d.Object.(type) {
+		case *v1alpha1.VPNGateway:
+			accepted[d.Ref()] = meta.IsStatusConditionTrue(o.Status.Conditions, v1alpha1.ConditionAccepted)
+		case *v1alpha1.Site:
+			accepted[d.Ref()] = meta.IsStatusConditionTrue(o.Status.Conditions, v1alpha1.ConditionAccepted)
+		}
+	}
+	ok := func(kind string, id model.ID) bool {
+		ref := model.Ref{Kind: kind, ID: id}
+		return accepted[ref] || kept[ref]
+	}
+	out := *m // shared with the next Parse, so copied
+	out.Gateways = nil
+	for _, gw := range m.Gateways {
+		if !ok(model.KindGateway, gw.ID) {
+			continue
+		}
+		g := *gw
+		g.Sites = slices.DeleteFunc(slices.Clone(gw.Sites), func(s *model.Site) bool { return !ok(model.KindSite, s.ID) })
+		out.Gateways = append(out.Gateways, &g)
+	}
+	return &out
 }
 
 func unique(r model.ClusterRanges) model.ClusterRanges {
