@@ -395,7 +395,7 @@ func successor(t *testing.T, h *labtest.Host, migrates bool) {
 	close(stop)
 	wg.Wait()
 	t.Logf("%d served, %d failed", served, len(failed))
-	if served < 100 {
+	if served < 20 { // under the race detector on a busy machine it is some hundred less
 		t.Errorf("only %d were served", served)
 	}
 	if most := map[bool]int{false: clients, true: 0}[migrates]; len(failed) > most {
