@@ -41,8 +41,13 @@ func (r *round) orphanedClaims(ctx context.Context) error {
 	}
 	slices.Sort(orphans)
 	var mu sync.Mutex
+	claimOf := func(name string) heldClaim {
+		mu.Lock()
+		defer mu.Unlock()
+		return r.seen.claims[name]
+	}
 	return each(ctx, orphans, func(ctx context.Context, name string) error {
-		c := r.seen.claims[name]
+		c := claimOf(name)
 		var d v1alpha1.Device
 		err := r.Live.Get(ctx, types.NamespacedName{Namespace: c.Holder.Namespace, Name: c.Holder.Name}, &d)
 		if err == nil && d.UID == c.Holder.UID {
