@@ -73,7 +73,7 @@ func firewallChains(p *part, masquerade bool) {
 		"counter name spoofed drop")...)
 	p.base("forward", "filter", "forward", priorityForward,
 		"oifname @fw_links ct state invalid counter name invalid drop",
-		"meta l4proto tcp tcp flags & (syn | rst) == syn goto fw_opening")
+		"tcp flags & (syn | rst) == syn goto fw_opening")
 	p.chain("opening", "iifname vmap @fw_clamps", "oifname vmap @fw_clamps")
 	leaks := each(
 		"{ip} daddr . meta nfproto @fw_tunnel_nets{n} counter name leak drop",
