@@ -135,14 +135,14 @@ func added(before, after []string) (out []string) {
 	return out
 }
 
-// nodes shows what there is of Culvert's on the nodes, and what Culvert could have touched.
+// nodes shows what there is of Culvert's on the nodes.
 func nodes(t *testing.T, c *clustertest.Cluster) string {
 	t.Helper()
 	var b strings.Builder
 	for _, n := range c.Nodes {
 		for _, command := range []string{
-			"ip -o link show | grep -o 'cvt[^:@]*'", "ip rule", "ip -6 rule", "ip route show table 19610", "ip -6 route show table 19610",
-			"nft list tables | grep -v kube-proxy", "ip neigh show | grep cvt", "bridge fdb | grep cvt",
+			"ip -o link show | grep -o 'cvt[^:@]*'", "ip rule", "ip -6 rule", "ip route show table all | grep 'proto 196'", "ip -6 route show table all | grep 'proto 196'",
+			"nft list tables | grep culvert", "ip neigh show | grep cvt", "bridge fdb | grep cvt",
 		} {
 			out, _ := n.Output(context.Background(), "sh", "-c", command) // grep finds nothing: the wanted case
 			fmt.Fprintf(&b, "%s: %s\n%s", n.Name, command, out)

@@ -44,14 +44,14 @@ var built = sync.OnceValues(func() (archive string, err error) {
 	return filepath.Join(dir, ".cache/image/culvert.tar"), nil
 })
 
-// loaded are the names of the clusters that have this process's image.
+// loaded are the clusters (*cluster.Cluster) that have this process's image.
 var loaded sync.Map
 
-// LoadCulvert builds Culvert's image from this checkout and loads it into every node, once
-// per process.
+// LoadCulvert builds Culvert's image from this checkout and loads it into every node, once for a
+// cluster that this process started or uses.
 func (c *Cluster) LoadCulvert() {
 	c.t.Helper()
-	if _, done := loaded.Load(c.Name); done {
+	if _, done := loaded.Load(c.Cluster); done {
 		return
 	}
 	archive, err := built()
@@ -59,7 +59,7 @@ func (c *Cluster) LoadCulvert() {
 		c.t.Fatal(err)
 	}
 	c.Load(archive)
-	loaded.Store(c.Name, true)
+	loaded.Store(c.Cluster, true)
 }
 
 // Chart is the path of the chart in this checkout.
