@@ -176,7 +176,7 @@ func check(b block, stubs *stubs) []model.Problem {
 // checkFragment decodes a spec as one of the kinds that have such a field.
 func checkFragment(b block) string {
 	var why []string
-	for _, kind := range []string{model.KindGateway, model.KindSite, model.KindDevice} {
+	for _, kind := range []string{model.KindGateway, model.KindSite, model.KindDevice, model.KindRemoteCluster, model.KindNodeEncryption} {
 		_, problems := source.Decode([]byte("apiVersion: culvert.dev/v1alpha1\nkind: "+kind+"\nmetadata: {name: x}\n"+b.text), b.file)
 		if len(problems) == 0 {
 			return ""
