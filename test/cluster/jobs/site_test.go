@@ -263,7 +263,7 @@ func (s *site) reachesService(t *testing.T) {
 	}
 }
 
-// reachesReal is what seed 001 tells its users to try.
+// reachesReal is what an administrator tries first: names, the API server, a ping.
 func (s *site) reachesReal(t *testing.T) {
 	labtest.Eventually(t, 10*time.Second, "a DNS query over UDP to CoreDNS's service address", func() error {
 		out, err := s.host.Try("dig", "-b", siteHost, "+time=2", "+tries=1", "+short", "@"+cluster.DNS[0].String(), "web.jobs.svc.cluster.local")
