@@ -26,6 +26,7 @@ func TestMetricsReferenceIsCurrent(t *testing.T) {
 		}
 	}
 	f.record(reasonIs(NoBackend))
+	f.record(reasonIs(UnknownName))
 	f.record(func(r map[string]any) bool { return r["verdict"] == "relayed" })
 	registry := prometheus.NewPedanticRegistry()
 	registry.MustRegister(f.Metrics())
