@@ -88,7 +88,8 @@ type Agent struct {
 }
 
 // Run runs an agent until ctx ends. What it made stays, for its successor and so that
-// traffic goes on meanwhile, unless it is being removed from the cluster.
+// traffic goes on meanwhile, unless it is being removed from the cluster; a strict guard
+// stays even then.
 func Run(ctx context.Context, opts Options) error {
 	a := &Agent{opts: opts, log: opts.Logger, failed: map[string]string{}, said: map[string]string{}}
 	if a.log == nil {
@@ -140,6 +141,11 @@ func (a *Agent) end() error {
 		a.log.Warn("cannot find out whether the agent is being removed: what it made stays; 'culvert agent cleanup' removes it", "error", err)
 	}
 	if !removed {
+		return a.route.Detach()
+	}
+	if a.encryption.strict() {
+		a.log.Warn("removed from the cluster while NodeEncryption is Strict: the guard and everything else stay, and traffic between nodes is dropped; " +
+			"run 'culvert agent cleanup' on this node, or install again and delete the NodeEncryption first")
 		return a.route.Detach()
 	}
 	a.log.Info("removed from the cluster: taking everything down")

@@ -91,6 +91,14 @@ func (e *encryption) restore(ctx context.Context) {
 	}
 }
 
+// strict tells whether traffic between nodes must be encrypted or dropped, as far as the
+// disk knows: then only a deleted NodeEncryption, or a person, takes the guard away. A guard
+// that cannot be read counts as one.
+func (e *encryption) strict() bool {
+	g, err := e.guard.Saved()
+	return err != nil || g != nil && g.Strict
+}
+
 // gather finds out what the planner needs to encrypt.
 func (e *encryption) gather(ctx context.Context, n *node, objects model.Objects, pods []netip.Prefix) error {
 	e.present, e.again = false, 0
