@@ -52,7 +52,11 @@ check-vulnerabilities:
 	@hack/vulnerabilities.sh
 
 .PHONY: test
-test: setup build check kubernetes test-netlab test-cluster test-kernel ## everything: set-up, build, check, then every layer of tests
+test: setup build ## everything: set-up, build, check, then every layer of tests, also after one that failed
+	@failed=; for layer in check kubernetes test-netlab test-cluster test-kernel; do \
+		$(MAKE) --no-print-directory $$layer || failed+=" $$layer"; \
+	done; \
+	if [[ -n $$failed ]]; then echo "failed:$$failed" >&2; exit 1; fi
 	@hack/layer.sh "all layers passed"
 
 .PHONY: kubernetes

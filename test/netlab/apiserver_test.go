@@ -185,6 +185,10 @@ func (a *apiServer) serverIsKilled(n *network, s *ikeDaemon, phone *device) {
 	a.status("device", "late", `{"addresses":["10.99.0.9"]}`)
 	took := a.awaitCondition("device", "late", "Ready", "True", 20*time.Second)
 	a.t.Logf("the first change after the API server's return is in effect after %s", took.Round(time.Millisecond))
+	// Each kind is watched by itself, and asked for every few seconds.
+	a.apply(siteYAML("late", "10.77.0.0/24", "wireguard: {publicKey: "+newKey(a.t).PublicKey().String()+"}"))
+	a.awaitCondition("site", "late", "Programmed", "True", 20*time.Second)
+	a.kubectl("delete", "site", "late")
 	for _, p := range probes {
 		p.unharmed()
 	}

@@ -6,6 +6,7 @@ import (
 	"os"
 	"os/exec"
 	"regexp"
+	"slices"
 	"testing"
 	"time"
 
@@ -68,6 +69,27 @@ func Goal(goal, guard float64) float64 {
 		return goal
 	}
 	return guard
+}
+
+// Decisive is the ratio of several rounds that counts against a Goal: their median where the
+// goal itself is asked for, otherwise the best one, as better says. What has become much
+// worse is so in each round; what a neighbour on the machine spoils is not. There must be
+// one round at least.
+func Decisive(ratios []float64, better func(a, b float64) bool) float64 {
+	sorted := slices.Clone(ratios)
+	slices.SortFunc(sorted, func(a, b float64) int {
+		switch {
+		case better(a, b):
+			return -1
+		case better(b, a):
+			return 1
+		}
+		return 0
+	})
+	if os.Getenv("CULVERT_GOALS") != "" {
+		return sorted[len(sorted)/2]
+	}
+	return sorted[0]
 }
 
 // Host makes a namespace.
