@@ -180,7 +180,7 @@ type RemoteClusterStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 
-	// Conditions: Accepted, ResolvedRefs, Programmed, Ready, Connected.
+	// Conditions: Accepted, Ready (the hubs run), Connected (a spoke is there).
 	//
 	// +optional
 	// +listType=map
@@ -188,10 +188,21 @@ type RemoteClusterStatus struct {
 	// +kubebuilder:validation:MaxItems=16
 	Conditions []metav1.Condition `json:"conditions,omitempty"`
 
-	// ServerName is what the remote side asks the front for.
+	// Address is where the remote side dials.
+	//
+	// +optional
+	Address string `json:"address,omitempty"`
+
+	// ServerName is what the remote side asks the front for, to reach the first hub.
 	//
 	// +optional
 	ServerName string `json:"serverName,omitempty"`
+
+	// Authority is the SHA-256 of the certificate that everybody who has joined trusts; its
+	// key is in a Secret. When the Secret is lost, hubs do not make another one.
+	//
+	// +optional
+	Authority string `json:"authority,omitempty"`
 
 	// Hubs shows each hub; a hub writes its own entry only.
 	//

@@ -28,7 +28,7 @@ var floors = [][]string{
 	{"internal/model", "internal/pki", "internal/reverse/policy", "internal/reverse/mux", "internal/reverse/meter"},
 	// 2: what follows from them.
 	{
-		"internal/plan", "internal/workload", "internal/kube",
+		"internal/plan", "internal/workload", "internal/kube", "internal/podapi",
 		"internal/reverse/identity", "internal/reverse/link", "internal/reverse/dial", "internal/reverse/connect",
 	},
 	// 3: effects.

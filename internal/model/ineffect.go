@@ -7,7 +7,7 @@ import (
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
 )
 
-// InEffect names the gateways, sites and devices that their own status calls accepted just
+// InEffect names the gateways, sites, devices and remote clusters that their own status calls accepted just
 // as they stand in the snapshot: with condition Accepted true at the object's generation.
 // As ParseOptions.InEffect it lets "first come stays" outlive the process that decided.
 func InEffect(objects Objects) map[Ref]bool {
@@ -20,6 +20,8 @@ func InEffect(objects Objects) map[Ref]bool {
 		case *v1alpha1.Site:
 			conditions = o.Status.Conditions
 		case *v1alpha1.Device:
+			conditions = o.Status.Conditions
+		case *v1alpha1.RemoteCluster:
 			conditions = o.Status.Conditions
 		}
 		c := meta.FindStatusCondition(conditions, v1alpha1.ConditionAccepted)

@@ -116,7 +116,8 @@ func (d Decoded) Equal(o Decoded) bool {
 	case *v1alpha1.Device:
 		return eq(a.Spec, o.Object.(*v1alpha1.Device).Spec)
 	case *v1alpha1.RemoteCluster:
-		return eq(a.Spec, o.Object.(*v1alpha1.RemoteCluster).Spec)
+		b := o.Object.(*v1alpha1.RemoteCluster)
+		return eq(a.Spec, b.Spec) && eq(a.Annotations, b.Annotations)
 	case *v1alpha1.NodeEncryption:
 		return eq(a.Spec, o.Object.(*v1alpha1.NodeEncryption).Spec)
 	case *v1alpha1.NodeTunnel:

@@ -21,7 +21,12 @@ func (p *parser) remoteCluster(e entry) {
 	o := e.Object.(*v1alpha1.RemoteCluster)
 	s := &o.Spec
 	r := p.report(e)
-	c := &RemoteCluster{ID: e.ref.ID, Generation: o.Generation, UID: string(o.UID), Replicas: defaultHubReplicas}
+	switch o.Annotations[ReversedTunnelAnnotation] {
+	case "", "true", "false":
+	default:
+		r.refuse("metadata.annotations["+ReversedTunnelAnnotation+"]", ReasonInvalidSpec, "%s is neither true nor false: write one of them, or take the annotation away", quote(o.Annotations[ReversedTunnelAnnotation]))
+	}
+	c := &RemoteCluster{ID: e.ref.ID, Generation: o.Generation, UID: p.identity(r, o), Replicas: defaultHubReplicas}
 	if len(s.Targets) == 0 {
 		r.refuse("spec.targets", ReasonInvalidSpec, "is empty: name what may be dialled in the remote cluster")
 	}
@@ -51,6 +56,47 @@ func (p *parser) remoteCluster(e entry) {
 	if r.ok() {
 		p.out.RemoteClusters = append(p.out.RemoteClusters, c)
 	}
+}
+
+// IdentityAnnotation gives a RemoteCluster the UID of an earlier one, of which it is the
+// successor: its authority was restored from a backup, and the remote side shall not notice.
+const IdentityAnnotation = "culvert.dev/identity"
+
+// ReversedTunnelAnnotation on a RemoteCluster says whether it has hubs: "true" or "false",
+// whatever the feature gate of that name says.
+const ReversedTunnelAnnotation = "culvert.dev/reversed-tunnel"
+
+// longestIdentity leaves room for "h0-" in a label of a DNS name.
+const longestIdentity = 60
+
+// identity is the UID that certificates and server names hold. Nobody takes another one's:
+// what an API server gave an object is its own, and else first come stays.
+func (p *parser) identity(r *report, o *v1alpha1.RemoteCluster) string {
+	const field = "metadata.annotations[" + IdentityAnnotation + "]"
+	uid, asked := o.Annotations[IdentityAnnotation]
+	if !asked || uid == string(o.UID) {
+		return string(o.UID)
+	}
+	if !isDNSLabel(uid) || len(uid) > longestIdentity {
+		r.refuse(field, ReasonInvalidSpec, "%s is not the UID of an object: write that of the RemoteCluster whose authority was restored", quote(uid))
+	}
+	for _, e := range p.remoteClusters {
+		x := e.Object.(*v1alpha1.RemoteCluster)
+		if x == o {
+			break
+		}
+		if x.Annotations[IdentityAnnotation] == uid {
+			r.refuse(field, ReasonDuplicate, "%s is the identity of %s already, which came first: every RemoteCluster needs one of its own", quote(uid), e.ref)
+			return uid
+		}
+	}
+	for _, e := range p.remoteClusters {
+		if x := e.Object.(*v1alpha1.RemoteCluster); x != o && string(x.UID) == uid {
+			r.refuse(field, ReasonDuplicate, "%s is the UID of %s: every RemoteCluster needs an identity of its own", quote(uid), e.ref)
+			break
+		}
+	}
+	return uid
 }
 
 func remoteTarget(r *report, field string, t *v1alpha1.RemoteTarget) Target {

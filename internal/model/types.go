@@ -143,7 +143,7 @@ type Device struct {
 type RemoteCluster struct {
 	ID
 	Generation int64
-	UID        string // metadata.uid; may be empty in manifests
+	UID        string // metadata.uid, or that of a predecessor (IdentityAnnotation); may be empty in manifests
 	Targets    []Target
 	Exports    []Export
 	Replicas   int

@@ -11,6 +11,7 @@ import (
 	"os"
 	"slices"
 	"strconv"
+	"strings"
 	"sync"
 	"time"
 
@@ -45,12 +46,30 @@ type HubOptions struct {
 	Names []string
 	// ProxyProtocolFrom are whose PROXY protocol headers are believed.
 	ProxyProtocolFrom []netip.Prefix
+	// Cluster, when it is not nil, takes the place of Manifests, State and Replica.
+	Cluster *HubPod
 }
+
+// objects is where the RemoteCluster comes from.
+type objects interface {
+	// Find is the object as it stands now.
+	Find() (*model.RemoteCluster, error)
+	// Watch says, until ctx ends, when to look again.
+	Watch(ctx context.Context) (<-chan struct{}, error)
+}
+
+// manifestFiles are objects in files.
+type manifestFiles struct {
+	*manifests.Files
+	name string // which RemoteCluster
+}
+
+func (f *manifestFiles) Find() (*model.RemoteCluster, error) { return FindRemoteCluster(f.Files, f.name) }
 
 // hubLoop is a running hub.
 type hubLoop struct {
 	opts   HubOptions
-	files  *manifests.Files
+	source objects
 	state  *State
 	uid    string
 	holder identity.Holder
@@ -65,17 +84,13 @@ type hubLoop struct {
 
 // RunHub runs one replica until ctx ends, and then lets open streams end for a while.
 func RunHub(ctx context.Context, opts HubOptions) error {
-	h := &hubLoop{opts: opts, files: manifests.NewFiles(opts.Manifests)}
-	c, err := FindRemoteCluster(h.files, opts.Name)
+	h := &hubLoop{opts: opts}
+	c, err := h.begin(ctx)
 	if err != nil {
 		return err
 	}
-	h.opts.Name = c.ID.String() // from now on this one, whatever else comes
-	if opts.Replica < 0 || opts.Replica >= c.Replicas {
-		return fmt.Errorf("replica %d: RemoteCluster %s has the replicas 0 to %d: see spec.hub.replicas", opts.Replica, c.ID, c.Replicas-1)
-	}
-	if h.state, err = OpenState(opts.State, c.ID); err != nil {
-		return err
+	if h.opts.Replica < 0 || h.opts.Replica >= c.Replicas {
+		return fmt.Errorf("replica %d: RemoteCluster %s has the replicas 0 to %d: see spec.hub.replicas", h.opts.Replica, c.ID, c.Replicas-1)
 	}
 	if h.uid, err = h.state.UID(c.UID); err != nil {
 		return err
@@ -93,7 +108,7 @@ func RunHub(ctx context.Context, opts HubOptions) error {
 		return err
 	}
 	// Followed before anything is served, so that no change is missed.
-	changed, err := h.files.Watch(ctx)
+	changed, err := h.source.Watch(ctx)
 	if err != nil {
 		return err
 	}
@@ -107,9 +122,28 @@ func RunHub(ctx context.Context, opts HubOptions) error {
 		return errors.Join(err, g.Wait())
 	}
 	g.Go("follow", func(ctx context.Context) error { h.follow(ctx, changed); return nil })
+	if opts.Cluster != nil {
+		g.Go("report", func(ctx context.Context) error { h.report(ctx); return nil })
+	}
 	settleMemory()
-	opts.Logger.Info("hub runs", "remoteCluster", c.ID, "uid", h.uid, "replica", opts.Replica, "serverName", wire.HubServerName(h.uid, opts.Replica, c.FrontName), "spokes", opts.Spokes, "clients", opts.Clients)
+	opts.Logger.Info("hub runs", "remoteCluster", c.ID, "uid", h.uid, "replica", h.opts.Replica, "serverName", wire.HubServerName(h.uid, h.opts.Replica, c.FrontName), "spokes", opts.Spokes, "clients", opts.Clients)
 	return g.Wait()
+}
+
+// begin finds the object and the state.
+func (h *hubLoop) begin(ctx context.Context) (*model.RemoteCluster, error) {
+	if h.opts.Cluster != nil {
+		return h.beginInPod(ctx)
+	}
+	files := &manifestFiles{manifests.NewFiles(h.opts.Manifests), h.opts.Name}
+	c, err := files.Find()
+	if err != nil {
+		return nil, err
+	}
+	files.name = c.ID.String() // from now on this one, whatever else comes
+	h.opts.Name, h.source = files.name, files
+	h.state, err = OpenState(h.opts.State, c.ID)
+	return c, err
 }
 
 // serve starts the listeners. When the group ends they close, and sessions drain.
@@ -122,7 +156,12 @@ func (h *hubLoop) serve(ctx context.Context, g *process.Group) error {
 	if err != nil {
 		return errors.Join(err, spokes.Close())
 	}
-	if len(h.opts.ProxyProtocolFrom) > 0 {
+	switch {
+	case h.opts.Cluster != nil: // behind the front; what it says of addresses is for people only
+		spokes = &proxyproto.Listener{Listener: spokes, ReadHeaderTimeout: headerTimeout, ConnPolicy: func(proxyproto.ConnPolicyOptions) (proxyproto.Policy, error) {
+			return proxyproto.USE, nil
+		}}
+	case len(h.opts.ProxyProtocolFrom) > 0:
 		spokes = proxyListener(spokes, h.opts.ProxyProtocolFrom)
 	}
 	g.Go("spokes", func(ctx context.Context) error { return h.hub.ServeSpokes(ctx, spokes) })
@@ -176,6 +215,9 @@ func (h *hubLoop) settings(c *model.RemoteCluster) (*hub.Settings, error) {
 	return &hub.Settings{Policy: policyOf(c.Targets), Hubs: hubs, ClientHubs: clients, Exports: exportsOf(c.Exports)}, nil
 }
 
+// replicaMark stands for the number of a replica in addresses and names.
+const replicaMark = "{replica}"
+
 // addressesFor says where the hubs are reached, by spokes and by clients.
 func addressesFor(c *model.RemoteCluster, uid string, opts HubOptions) (spokes, clients []wire.HubAddress, err error) {
 	addresses := opts.Addresses
@@ -195,6 +237,13 @@ func addressesFor(c *model.RemoteCluster, uid string, opts HubOptions) (spokes, 
 			return nil, nil, err
 		}
 		addresses = []string{net.JoinHostPort("127.0.0.1", port)}
+	}
+	if len(addresses) == 1 && strings.Contains(addresses[0], replicaMark) {
+		pattern := addresses[0]
+		addresses = nil
+		for i := range c.Replicas {
+			addresses = append(addresses, strings.ReplaceAll(pattern, replicaMark, strconv.Itoa(i)))
+		}
 	}
 	if clients, err = hubAddresses(c, uid, addresses); err != nil {
 		return nil, nil, fmt.Errorf("where clients reach the hubs: %w", err)
@@ -224,6 +273,7 @@ func (h *hubLoop) names() []string {
 		names = append(names, host)
 	}
 	for _, n := range h.opts.Names {
+		n = strings.ReplaceAll(n, replicaMark, strconv.Itoa(h.opts.Replica))
 		if !slices.Contains(names, n) {
 			names = append(names, n)
 		}
@@ -280,7 +330,10 @@ func (h *hubLoop) follow(ctx context.Context, changed <-chan struct{}) {
 // revokedChanged reports whether the list of revoked certificates was written since the
 // last look.
 func (h *hubLoop) revokedChanged() bool {
-	info, err := os.Stat(h.state.path("revoked.json"))
+	if h.opts.Cluster != nil {
+		return false // the RemoteCluster says when to look
+	}
+	info, err := os.Stat(h.state.where("revoked.json"))
 	if err != nil || info.ModTime().Equal(h.revoked) {
 		return false
 	}
@@ -291,7 +344,7 @@ func (h *hubLoop) revokedChanged() bool {
 // reload reads the manifests. One that is refused leaves the last good one in effect; one
 // that is gone allows nothing any more.
 func (h *hubLoop) reload() {
-	c, err := FindRemoteCluster(h.files, h.opts.Name)
+	c, err := h.source.Find()
 	if err == nil {
 		err = h.apply(c)
 	}

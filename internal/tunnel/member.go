@@ -3,8 +3,10 @@ package tunnel
 import (
 	"context"
 	"crypto/ecdsa"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -67,6 +69,9 @@ type Membership struct {
 	Authorities   string                  `json:"authorities"` // PEM
 	Pair          string                  `json:"pair"`        // certificate and key, PEM
 	Targets       []v1alpha1.RemoteTarget `json:"targets,omitempty"`
+	// Invitation is the SHA-256 of the token that it joined with: another one is an invitation
+	// to join anew.
+	Invitation string `json:"invitation,omitempty"`
 }
 
 // Keeper is where a membership is kept: a file, or a Secret.
@@ -140,7 +145,11 @@ func (m *member) enter(ctx context.Context, role pki.Role, invitation string) er
 	case kept == nil, invited != nil && invited.UID != kept.UID:
 		return m.join(ctx, invited)
 	}
-	// The invitation may lie there for ever; it is used only for want of a certificate.
+	// The invitation may lie there for ever; it is used for want of a certificate, or when it
+	// is a new one.
+	if invited != nil && kept.Invitation != "" && kept.Invitation != hashOf(invited.Token) && time.Now().Before(invited.Expires) {
+		return m.join(ctx, invited)
+	}
 	if err := usable(kept); err != nil {
 		if invited == nil {
 			return err
@@ -149,6 +158,12 @@ func (m *member) enter(ctx context.Context, role pki.Role, invitation string) er
 	}
 	m.now = kept
 	return m.use()
+}
+
+// hashOf is a token as it may be kept.
+func hashOf(token string) string {
+	sum := sha256.Sum256([]byte(token))
+	return hex.EncodeToString(sum[:])
 }
 
 // usable reports whether a kept certificate still counts, for all that can be seen here.
@@ -186,7 +201,7 @@ func (m *member) join(ctx context.Context, i *Invitation) error {
 		return fmt.Errorf("invitation: %w", err)
 	}
 	m.holder.Set(&identity.Credentials{UID: i.UID, Authorities: authorities})
-	m.now = &Membership{RemoteCluster: i.RemoteCluster, UID: i.UID, Role: i.Role, Name: i.Name, Hubs: i.Hubs, Authorities: i.Authorities, Targets: i.Targets}
+	m.now = &Membership{RemoteCluster: i.RemoteCluster, UID: i.UID, Role: i.Role, Name: i.Name, Hubs: i.Hubs, Authorities: i.Authorities, Targets: i.Targets, Invitation: hashOf(i.Token)}
 	key, err := pki.NewKey()
 	if err != nil {
 		return err
@@ -196,6 +211,12 @@ func (m *member) join(ctx context.Context, i *Invitation) error {
 		if err == nil {
 			m.logger.Info("joined", "remoteCluster", i.RemoteCluster, "role", i.Role, "name", i.Name)
 			return nil
+		}
+		// Several pods share a Secret, and the token works for one of them.
+		if kept, e := m.keeper.Load(ctx); e == nil && kept != nil && kept.UID == i.UID && kept.Invitation == m.now.Invitation && usable(kept) == nil {
+			m.logger.Info("another one has joined for all", "remoteCluster", i.RemoteCluster)
+			m.now = kept
+			return m.use()
 		}
 		var final *refusedError
 		if errors.As(err, &final) || time.Now().After(i.Expires) {
@@ -316,6 +337,10 @@ func (m *member) renew(ctx context.Context, hubs func() []wire.HubAddress, renew
 		if time.Now().Before(pki.RenewAt(leaf)) {
 			continue
 		}
+		if m.adopt(ctx, leaf) {
+			renewed(leaf.NotAfter)
+			continue
+		}
 		key, err := pki.NewKey()
 		if err == nil {
 			if known := hubs(); len(known) > 0 {
@@ -338,6 +363,26 @@ func (m *member) renew(ctx context.Context, hubs func() []wire.HubAddress, renew
 		m.logger.Info("certificate renewed", "expires", m.holder.Get().Certificate.Leaf.NotAfter)
 		renewed(leaf.NotAfter)
 	}
+}
+
+// adopt takes over what another pod has renewed already, when several share a Secret.
+func (m *member) adopt(ctx context.Context, mine *x509.Certificate) bool {
+	kept, err := m.keeper.Load(ctx)
+	if err != nil || kept == nil || kept.UID != m.now.UID || kept.Role != m.now.Role {
+		return false
+	}
+	pair, err := parsePair("state", []byte(kept.Pair))
+	if err != nil || !pair.Leaf.NotAfter.After(mine.NotAfter) {
+		return false
+	}
+	before := m.now
+	m.now = kept
+	if err := m.use(); err != nil {
+		m.now = before
+		return false
+	}
+	m.logger.Info("certificate renewed by another one", "expires", pair.Leaf.NotAfter)
+	return true
 }
 
 // WritePair splits a pair into files that other programs read: DIR/tls.crt, tls.key and

@@ -4,21 +4,22 @@ import (
 	"context"
 	"crypto"
 	"crypto/rand"
+	"crypto/sha256"
 	"crypto/tls"
 	"crypto/x509"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
 	"fmt"
-	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/pki"
@@ -26,39 +27,41 @@ import (
 	"github.com/culvert-vpn/culvert/internal/reverse/wire"
 )
 
-// State is what the hub's side of one RemoteCluster keeps in a directory of its own below
-// --state. The hubs of a RemoteCluster that run on one host share it.
+// State is what the hub's side of one RemoteCluster keeps: in a directory of its own below
+// --state, which its hubs on one host share, or in a Secret.
 //
 //	uid                 when the manifest has none
 //	authority-N.pem     certificate and private key of an authority
-//	hub-N.pem           certificate and private key of replica N
+//	hub-N.pem           certificate and private key of replica N; in a directory only
 //	tokens.json         what is known of tokens: hashes
 //	revoked.json        certificates that were taken back
-//	lock                held for the time of a change
-type State struct{ dir string }
-
-// OpenState opens, or makes, the state of a RemoteCluster.
-func OpenState(dir string, id model.ID) (*State, error) {
-	s := &State{dir: filepath.Join(dir, "remoteclusters", id.Namespace+"."+id.Name)}
-	if err := os.MkdirAll(s.dir, 0o700); err != nil {
-		return nil, fmt.Errorf("state directory: %w", err)
-	}
-	return s, nil
+type State struct {
+	backing
+	mu sync.Mutex // one at a time
+	// pairs are the hubs' own certificates and keys where they are not among the files: they
+	// need not outlive the process, and a key is not to leave it.
+	pairs *files
 }
 
-func (s *State) path(name string) string { return filepath.Join(s.dir, name) }
+func (s *State) change(f func(files) error) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.backing.change(f)
+}
 
-// locked runs f while no other process changes the directory.
-func (s *State) locked(f func() error) error {
-	l, err := os.OpenFile(s.path("lock"), os.O_CREATE|os.O_RDWR, 0o600)
-	if err != nil {
-		return fmt.Errorf("state directory: %w", err)
+// OpenState opens, or makes, the state of a RemoteCluster in a directory.
+func OpenState(dir string, id model.ID) (*State, error) {
+	d := filepath.Join(dir, "remoteclusters", id.Namespace+"."+id.Name)
+	if err := os.MkdirAll(d, 0o700); err != nil {
+		return nil, fmt.Errorf("state directory: %w", err)
 	}
-	defer l.Close()
-	if err := unix.Flock(int(l.Fd()), unix.LOCK_EX); err != nil {
-		return fmt.Errorf("state directory %s: lock: %w", s.dir, err)
-	}
-	return f()
+	return &State{backing: directory(d)}, nil
+}
+
+// SecretState is the state of a RemoteCluster in a Secret. known is the SHA-256 (hexadecimal)
+// of the authority that it must hold; empty: there may be none yet.
+func SecretState(s Secret, known func() string) *State {
+	return &State{backing: &secretBacking{secret: s, known: known}, pairs: &files{}}
 }
 
 // UID is the RemoteCluster's: the manifest's, else one that is made once and kept.
@@ -66,14 +69,10 @@ func (s *State) UID(manifest string) (uid string, err error) {
 	if manifest != "" {
 		return strings.ToLower(manifest), nil
 	}
-	err = s.locked(func() error {
-		b, err := os.ReadFile(s.path("uid"))
-		if err == nil {
+	err = s.change(func(f files) error {
+		if b := f["uid"]; b != nil {
 			uid = strings.TrimSpace(string(b))
 			return nil
-		}
-		if !errors.Is(err, fs.ErrNotExist) {
-			return err
 		}
 		var r [16]byte
 		if _, err := rand.Read(r[:]); err != nil {
@@ -81,15 +80,16 @@ func (s *State) UID(manifest string) (uid string, err error) {
 		}
 		r[6], r[8] = r[6]&0x0f|0x40, r[8]&0x3f|0x80 // RFC 9562, version 4
 		uid = fmt.Sprintf("%x-%x-%x-%x-%x", r[:4], r[4:6], r[6:8], r[8:10], r[10:])
-		return writeFile(s.path("uid"), []byte(uid+"\n"))
+		f["uid"] = []byte(uid + "\n")
+		return nil
 	})
 	return uid, err
 }
 
 // authorities reads all authorities, makes one when it is time to, and says who signs and
-// whom to trust. It is called with the lock held.
-func (s *State) authorities(uid string, now time.Time) (signer *pki.Authority, trusted []*x509.Certificate, err error) {
-	list, next, err := s.readAuthorities()
+// whom to trust.
+func (s *State) authorities(f files, uid string, now time.Time) (signer *pki.Authority, trusted []*x509.Certificate, err error) {
+	list, next, err := s.readAuthorities(f)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -107,12 +107,10 @@ func (s *State) authorities(uid string, now time.Time) (signer *pki.Authority, t
 			return nil, nil, err
 		}
 		b, err := encodePair(a.Certificate.Raw, a.Key)
-		if err == nil {
-			err = writeFile(s.path("authority-"+strconv.Itoa(next)+".pem"), b)
-		}
 		if err != nil {
 			return nil, nil, err
 		}
+		f["authority-"+strconv.Itoa(next)+".pem"] = b
 		list = append(list, a)
 		p = pki.PlanAuthorities(certificates(), now)
 	}
@@ -122,13 +120,10 @@ func (s *State) authorities(uid string, now time.Time) (signer *pki.Authority, t
 	return list[p.Signer], trusted, nil
 }
 
-func (s *State) readAuthorities() (list []*pki.Authority, next int, err error) {
-	entries, err := os.ReadDir(s.dir)
-	if err != nil {
-		return nil, 0, err
-	}
-	for _, e := range entries {
-		number, ok := strings.CutPrefix(e.Name(), "authority-")
+// readAuthorities reads them in the order of their numbers.
+func (s *State) readAuthorities(f files) (list []*pki.Authority, next int, err error) {
+	for _, name := range slices.Sorted(maps.Keys(f)) {
+		number, ok := strings.CutPrefix(name, "authority-")
 		if !ok {
 			continue
 		}
@@ -137,36 +132,63 @@ func (s *State) readAuthorities() (list []*pki.Authority, next int, err error) {
 			continue
 		}
 		next = max(next, n+1)
-		c, err := readPair(s.path(e.Name()))
+		c, err := parsePair(s.where(name), f[name])
 		if err != nil {
 			return nil, 0, err
 		}
 		key, ok := c.PrivateKey.(crypto.Signer)
 		if !ok {
-			return nil, 0, fmt.Errorf("%s: its key cannot sign", e.Name())
+			return nil, 0, fmt.Errorf("%s: its key cannot sign", s.where(name))
 		}
 		list = append(list, &pki.Authority{Certificate: c.Leaf, Key: key})
 	}
 	return list, next, nil
 }
 
+// AuthorityOf is the SHA-256 of a certificate, as SecretState wants it.
+func AuthorityOf(c *x509.Certificate) string {
+	sum := sha256.Sum256(c.Raw)
+	return hex.EncodeToString(sum[:])
+}
+
+// holdsAuthority reports whether an authority is among the files.
+func holdsAuthority(f files, known string) bool {
+	for name, b := range f {
+		if !strings.HasPrefix(name, "authority-") {
+			continue
+		}
+		if c, err := parsePair(name, b); err == nil && AuthorityOf(c.Leaf) == known {
+			return true
+		}
+	}
+	return false
+}
+
 // HubCredentials are those of a replica; its certificate is made or renewed when it is time
 // to. names are those that it must hold.
 func (s *State) HubCredentials(id pki.Identity, names []string, now time.Time) (c *identity.Credentials, err error) {
-	err = s.locked(func() error {
-		signer, trusted, err := s.authorities(id.UID, now)
+	err = s.change(func(f files) error {
+		signer, trusted, err := s.authorities(f, id.UID, now)
 		if err != nil {
 			return err
 		}
-		file := s.path("hub-" + id.Name + ".pem")
-		pair, err := readPair(file)
-		if errors.Is(err, fs.ErrNotExist) || err == nil && pki.Renew(pair.Leaf, names, signer.Certificate, now) != "" {
-			pair, err = issueTo(file, signer, pki.Request{Identity: id, Now: now}, names)
+		pairs, name := f, "hub-"+id.Name+".pem"
+		if s.pairs != nil {
+			pairs = *s.pairs
+		}
+		var pair *tls.Certificate
+		if b := pairs[name]; b != nil {
+			pair, err = parsePair(s.where(name), b)
+		}
+		if err == nil && (pair == nil || pki.Renew(pair.Leaf, names, signer.Certificate, now) != "") {
+			if pairs[name], err = issueTo(signer, pki.Request{Identity: id, Now: now}, names); err == nil {
+				pair, err = parsePair(s.where(name), pairs[name])
+			}
 		}
 		if err != nil {
 			return err
 		}
-		revoked, err := s.revoked()
+		revoked, err := s.revoked(f)
 		c = &identity.Credentials{UID: id.UID, Certificate: pair, Authorities: trusted, Revoked: revoked}
 		return err
 	})
@@ -176,8 +198,8 @@ func (s *State) HubCredentials(id pki.Identity, names []string, now time.Time) (
 	return c, nil
 }
 
-// issueTo makes a key, signs for it, and writes both to a file.
-func issueTo(file string, signer *pki.Authority, r pki.Request, names []string) (*tls.Certificate, error) {
+// issueTo makes a key and signs for it.
+func issueTo(signer *pki.Authority, r pki.Request, names []string) ([]byte, error) {
 	key, err := pki.NewKey()
 	if err != nil {
 		return nil, err
@@ -188,34 +210,19 @@ func issueTo(file string, signer *pki.Authority, r pki.Request, names []string) 
 	if err != nil {
 		return nil, err
 	}
-	b, err := encodePair(der, key)
-	if err == nil {
-		err = writeFile(file, b)
-	}
-	if err != nil {
-		return nil, err
-	}
-	return readPair(file)
+	return encodePair(der, key)
 }
 
 // Issue makes a certificate and key for a client that renews nothing itself; they are the
 // caller's to keep.
 func (s *State) Issue(id pki.Identity, now time.Time) (pair []byte, trusted []*x509.Certificate, err error) {
-	err = s.locked(func() error {
-		signer, all, err := s.authorities(id.UID, now)
+	err = s.change(func(f files) error {
+		signer, all, err := s.authorities(f, id.UID, now)
 		if err != nil {
 			return err
 		}
 		trusted = all
-		key, err := pki.NewKey()
-		if err != nil {
-			return err
-		}
-		der, err := signer.Issue(pki.Request{Identity: id, PublicKey: key.Public(), Now: now})
-		if err != nil {
-			return err
-		}
-		pair, err = encodePair(der, key)
+		pair, err = issueTo(signer, pki.Request{Identity: id, Now: now}, nil)
 		return err
 	})
 	return pair, trusted, err
@@ -223,11 +230,11 @@ func (s *State) Issue(id pki.Identity, now time.Time) (pair []byte, trusted []*x
 
 // NewToken makes a token for a spoke or client to join with, and says whom it may trust.
 func (s *State) NewToken(id pki.Identity, now time.Time) (text string, trusted []*x509.Certificate, err error) {
-	err = s.locked(func() error {
-		if _, trusted, err = s.authorities(id.UID, now); err != nil {
+	err = s.change(func(f files) error {
+		if _, trusted, err = s.authorities(f, id.UID, now); err != nil {
 			return err
 		}
-		list, err := s.tokens()
+		list, err := s.tokens(f)
 		if err != nil {
 			return err
 		}
@@ -235,57 +242,48 @@ func (s *State) NewToken(id pki.Identity, now time.Time) (text string, trusted [
 		if text, t, err = pki.NewToken(id, now); err != nil {
 			return err
 		}
-		return s.write("tokens.json", append(pki.PruneTokens(list, now), t))
+		return write(f, "tokens.json", append(pki.PruneTokens(list, now), t))
 	})
 	return text, trusted, err
 }
 
-func (s *State) tokens() ([]pki.Token, error) {
-	var list []pki.Token
-	err := s.read("tokens.json", &list)
-	return list, err
+func (s *State) tokens(f files) (list []pki.Token, err error) {
+	return list, s.read(f, "tokens.json", &list)
 }
 
-func (s *State) revoked() (pki.Revocations, error) {
-	var list pki.Revocations
-	err := s.read("revoked.json", &list)
-	return list, err
+func (s *State) revoked(f files) (list pki.Revocations, err error) {
+	return list, s.read(f, "revoked.json", &list)
 }
 
 // Revoke takes the certificates of a spoke or client back.
 func (s *State) Revoke(role pki.Role, name string, now time.Time) error {
-	return s.locked(func() error {
-		list, err := s.revoked()
+	return s.change(func(f files) error {
+		list, err := s.revoked(f)
 		if err != nil {
 			return err
 		}
 		list = slices.DeleteFunc(list.Prune(now), func(r pki.Revocation) bool { return r.Role == role && r.Name == name })
-		return s.write("revoked.json", append(list, pki.Revocation{Role: role, Name: name, Before: now}))
+		return write(f, "revoked.json", append(list, pki.Revocation{Role: role, Name: name, Before: now}))
 	})
 }
 
-func (s *State) read(name string, into any) error {
-	b, err := os.ReadFile(s.path(name))
-	if errors.Is(err, fs.ErrNotExist) {
+func (s *State) read(f files, name string, into any) error {
+	b := f[name]
+	if b == nil {
 		return nil
 	}
-	if err == nil {
-		err = json.Unmarshal(b, into)
-	}
-	if err != nil {
-		return fmt.Errorf("state file %s: %w", s.path(name), err)
+	if err := json.Unmarshal(b, into); err != nil {
+		return fmt.Errorf("state file %s: %w", s.where(name), err)
 	}
 	return nil
 }
 
-func (s *State) write(name string, v any) error {
+func write(f files, name string, v any) error {
 	b, err := json.Marshal(v)
-	if err == nil {
-		err = writeFile(s.path(name), append(b, '\n'))
-	}
 	if err != nil {
-		return fmt.Errorf("state file %s: %w", s.path(name), err)
+		return fmt.Errorf("state file %s: %w", name, err)
 	}
+	f[name] = append(b, '\n')
 	return nil
 }
 
@@ -303,8 +301,8 @@ func (j *joiner) Join(_ context.Context, role pki.Role, token string, csr []byte
 	if err != nil {
 		return reply, err
 	}
-	err = j.state.locked(func() error {
-		list, err := j.state.tokens()
+	err = j.state.change(func(f files) error {
+		list, err := j.state.tokens(f)
 		if err != nil {
 			return err
 		}
@@ -315,10 +313,10 @@ func (j *joiner) Join(_ context.Context, role pki.Role, token string, csr []byte
 		if id.Role != role || id.UID != j.uid {
 			return fmt.Errorf("%w: it is for a %s", pki.ErrToken, id.Role)
 		}
-		if err := j.state.write("tokens.json", rest); err != nil {
+		if err := write(f, "tokens.json", rest); err != nil {
 			return err
 		}
-		reply, err = j.issue(pki.Request{Identity: id, PublicKey: key, Now: now})
+		reply, err = j.issue(f, pki.Request{Identity: id, PublicKey: key, Now: now})
 		return err
 	})
 	return reply, err
@@ -330,20 +328,19 @@ func (j *joiner) Renew(_ context.Context, id pki.Identity, csr []byte) (reply wi
 	if err != nil {
 		return reply, err
 	}
-	err = j.state.locked(func() error {
-		reply, err = j.issue(pki.Request{Identity: id, PublicKey: key, Now: time.Now()})
+	err = j.state.change(func(f files) error {
+		reply, err = j.issue(f, pki.Request{Identity: id, PublicKey: key, Now: time.Now()})
 		return err
 	})
 	return reply, err
 }
 
-// issue is called with the lock held.
-func (j *joiner) issue(r pki.Request) (wire.JoinReply, error) {
-	signer, trusted, err := j.state.authorities(j.uid, r.Now)
+func (j *joiner) issue(f files, r pki.Request) (wire.JoinReply, error) {
+	signer, trusted, err := j.state.authorities(f, j.uid, r.Now)
 	if err != nil {
 		return wire.JoinReply{}, err
 	}
-	der, err := j.outliving(signer, r)
+	der, err := j.outliving(f, signer, r)
 	if err != nil {
 		return wire.JoinReply{}, err
 	}
@@ -356,8 +353,8 @@ func (j *joiner) issue(r pki.Request) (wire.JoinReply, error) {
 
 // outliving issues a certificate that no revocation takes back: their times are in whole
 // seconds, so who joins anew in the second of the revocation has to wait for the next.
-func (j *joiner) outliving(signer *pki.Authority, r pki.Request) ([]byte, error) {
-	revoked, err := j.state.revoked()
+func (j *joiner) outliving(f files, signer *pki.Authority, r pki.Request) ([]byte, error) {
+	revoked, err := j.state.revoked(f)
 	if err != nil {
 		return nil, err
 	}
@@ -384,15 +381,7 @@ func encodePair(der []byte, key any) ([]byte, error) {
 	return append(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}), pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: k})...), nil
 }
 
-// readPair reads what encodePair made.
-func readPair(path string) (*tls.Certificate, error) {
-	b, err := os.ReadFile(path)
-	if err != nil {
-		return nil, err
-	}
-	return parsePair(path, b)
-}
-
+// parsePair reads what encodePair made.
 func parsePair(path string, b []byte) (*tls.Certificate, error) {
 	c, err := tls.X509KeyPair(b, b)
 	if err != nil { // its text never holds the key

@@ -120,8 +120,8 @@ func joinedLongAgo(t *testing.T, o HubOptions, ago time.Duration) *Membership {
 		t.Fatal(err)
 	}
 	m := &Membership{RemoteCluster: i.RemoteCluster, UID: i.UID, Role: i.Role, Name: i.Name, Hubs: i.Hubs, Authorities: i.Authorities, Targets: i.Targets}
-	err = s.locked(func() error {
-		signer, _, err := s.authorities(i.UID, time.Now())
+	err = s.change(func(f files) error {
+		signer, _, err := s.authorities(f, i.UID, time.Now())
 		if err != nil {
 			return err
 		}
