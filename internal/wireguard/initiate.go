@@ -3,6 +3,7 @@ package wireguard
 import (
 	"log/slog"
 	"net"
+	"net/netip"
 	"slices"
 	"time"
 
@@ -45,22 +46,27 @@ type handshake struct {
 	greeting
 	due      time.Time
 	attempts int
-	last     time.Time // the last attempt; zero: none
+	last     time.Time      // the last attempt; zero: none
+	home     netip.AddrPort // where the peer was when this began
 }
+
+// searchMax is how many attempts look for the peer among those who call (see callers).
+const searchMax = 60
 
 // initiator sends handshakes for one device until they are answered.
 type initiator struct {
 	m       *managed
 	log     *slog.Logger
 	pending map[wgtypes.Key]*handshake // guarded by m.mu
+	callers callers                    // guarded by m.mu
 	wake    chan struct{}
 	quit    chan struct{}
 	done    chan struct{}
 }
 
-func newInitiator(m *managed, log *slog.Logger) *initiator {
+func newInitiator(m *managed, ns *namespace, log *slog.Logger) *initiator {
 	i := &initiator{
-		m: m, log: log, pending: map[wgtypes.Key]*handshake{},
+		m: m, log: log, pending: map[wgtypes.Key]*handshake{}, callers: callers{ns: ns},
 		wake: make(chan struct{}, 1), quit: make(chan struct{}), done: make(chan struct{}),
 	}
 	go i.run()
@@ -123,6 +129,7 @@ type due struct {
 	peer     wgtypes.Key
 	endpoint *net.UDPAddr
 	met      bool // there was a session before
+	turned   bool // the endpoint is not the device's
 }
 
 // tick sends what is due and tells when to come again.
@@ -144,7 +151,7 @@ func (i *initiator) tick() time.Duration {
 			delete(i.pending, p.PublicKey)
 		default:
 			// A session from before a change of keys is of no more use.
-			list = append(list, due{h, p.PublicKey, p.Endpoint, !p.LastHandshakeTime.IsZero() && !h.eager})
+			list = append(list, due{handshake: h, peer: p.PublicKey, endpoint: p.Endpoint, met: !p.LastHandshakeTime.IsZero() && !h.eager})
 		}
 	}
 	for k, h := range i.pending {
@@ -153,6 +160,7 @@ func (i *initiator) tick() time.Duration {
 		}
 	}
 	slices.SortFunc(list, func(a, b due) int { return a.due.Compare(b.due) })
+	i.search(d, list)
 	next := began.Add(time.Minute)
 	for n, x := range list {
 		if n < initiateMax && !x.due.After(began) {
@@ -166,6 +174,45 @@ func (i *initiator) tick() time.Duration {
 	return max(initiateTick, 4*cost, time.Until(next))
 }
 
+// search turns those whose first handshake was not answered, in turn, to where packets come
+// from and to where they were.
+func (i *initiator) search(d *wgtypes.Device, list []due) {
+	began := time.Now()
+	var taken map[netip.AddrPort]bool
+	for n := range min(len(list), initiateMax) {
+		x := &list[n]
+		now, at := netip.AddrPortFrom(x.endpoint.AddrPort().Addr().Unmap(), x.endpoint.AddrPort().Port()), x.home
+		if x.attempts == 0 {
+			x.home = now
+		}
+		if x.attempts == 0 || x.attempts > searchMax || x.met || x.due.After(began) {
+			continue
+		}
+		if taken == nil {
+			i.callers.look(uint16(d.ListenPort))
+			taken = answered(d)
+		}
+		if found := i.callers.from(x.home, taken); len(found) > 0 {
+			at = append(found, x.home)[(x.attempts-1)%(len(found)+1)]
+		}
+		if at != now {
+			x.endpoint, x.turned = net.UDPAddrFromAddrPort(at), true
+		}
+	}
+}
+
+// answered are the endpoints of peers with a session.
+func answered(d *wgtypes.Device) map[netip.AddrPort]bool {
+	taken := map[netip.AddrPort]bool{}
+	for n := range d.Peers {
+		if p := &d.Peers[n]; p.Endpoint != nil && !p.LastHandshakeTime.IsZero() {
+			at := p.Endpoint.AddrPort()
+			taken[netip.AddrPortFrom(at.Addr().Unmap(), at.Port())] = true
+		}
+	}
+	return taken
+}
+
 func (i *initiator) send(x due) {
 	cfg, ok := i.m.applied.config(x.peer)
 	if ok {
@@ -176,6 +223,12 @@ func (i *initiator) send(x due) {
 		return
 	}
 	cfg.Endpoint = x.endpoint
+	if x.turned {
+		move := wgtypes.PeerConfig{PublicKey: x.peer, UpdateOnly: true, Endpoint: x.endpoint}
+		if err := i.m.configure(wgtypes.Config{Peers: []wgtypes.PeerConfig{move}}); err != nil {
+			i.log.Debug("turn a WireGuard handshake elsewhere", "link", i.m.name, "peer", x.peer.String(), "error", err)
+		}
+	}
 	now := time.Now()
 	retry := !x.last.IsZero() && now.Sub(x.last) < rekeyTimeout
 	if err := i.m.initiate(cfg, x.met, retry); err != nil {

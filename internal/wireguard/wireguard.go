@@ -49,6 +49,7 @@ type Options struct {
 type WireGuard struct {
 	kind Datapath
 	path datapath
+	ns   *namespace
 	log  *slog.Logger
 
 	mu      sync.Mutex
@@ -111,7 +112,7 @@ func New(o Options) (*WireGuard, error) {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
-	w := &WireGuard{log: o.Logger, devices: map[string]*managed{}}
+	w := &WireGuard{ns: ns, log: o.Logger, devices: map[string]*managed{}}
 	switch o.Datapath {
 	case "", Kernel:
 		k, err := newKernel(ns)
@@ -295,7 +296,7 @@ func (w *WireGuard) deviceFor(name string) (m *managed, opened bool, err error) 
 			return nil, false, errors.Join(err, d.close())
 		}
 	}
-	m.hello = newInitiator(m, w.log)
+	m.hello = newInitiator(m, w.ns, w.log)
 	w.devices[name] = m
 	return m, !found, nil
 }
