@@ -129,7 +129,7 @@ func culvertContainer(gw *model.Gateway, o Options) corev1.Container {
 			{Name: "tun", MountPath: "/dev/net/tun"},
 			{Name: "token", MountPath: tokenDirectory, ReadOnly: true},
 		},
-		SecurityContext: netAdmin(),
+		SecurityContext: netAdmin("NET_BIND_SERVICE"), // the relay answers UDP from the services' ports, DNS's among them
 		Resources:       requests("50m", "64Mi"),
 	}
 	for _, p := range udpPorts(gw) {
