@@ -42,12 +42,12 @@ func udpPorts(gw *model.Gateway) []udpPort {
 // service is how the far sides reach the gateway; nil when that is not by a Service.
 //
 // A load balancer keeps the peers' addresses (externalTrafficPolicy: Local): the limits for
-// strangers' handshakes are per address. It selects no pods: the one that works puts itself
-// into its EndpointSlices. With node ports any node's address leads to the
+// strangers' handshakes are per address. With node ports any node's address leads to the
 // gateway (Cluster): far sides know one node, and the gateway may run on another one.
 func service(gw *model.Gateway, meta metav1.ObjectMeta) *corev1.Service {
 	s := &corev1.Service{TypeMeta: typeMeta("v1", "Service"), ObjectMeta: meta}
 	s.Annotations = maps.Clone(gw.Expose.Annotations)
+	s.Spec.Selector = selector(gw.ID)
 	s.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicyPreferDualStack)
 	switch v1alpha1.ExposeType(gw.Expose.Type) {
 	case v1alpha1.ExposeLoadBalancer:
