@@ -18,6 +18,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/culvert-vpn/culvert/internal/cni"
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/nft"
 	"github.com/culvert-vpn/culvert/internal/plan"
@@ -36,6 +37,9 @@ type Options struct {
 	// PodRanges are ranges of the cluster's pods, in addition to those that Nodes and
 	// VPNGateways name: nothing leaves the node for them in the clear.
 	PodRanges []netip.Prefix
+	// CNI says where the node's network configurations are: while plain packets are dropped,
+	// no pod gets a network before the guard stands. Nil: pods do not wait.
+	CNI *cni.Options
 	// HTTP is where health and metrics are served, "address:port"; empty: nowhere.
 	HTTP string
 	// PProf serves profiles beside the metrics.
@@ -118,9 +122,9 @@ func (a *Agent) open() error {
 }
 
 // Cleanup removes from this host everything that an agent makes, and what it keeps in its
-// state directory but for the key.
-func Cleanup(log *slog.Logger, state string) error {
-	a := &Agent{log: log, opts: Options{Logger: log, State: state}}
+// state directory but for the key. Of opts it needs Logger, State and CNI.
+func Cleanup(opts Options) error {
+	a := &Agent{log: opts.Logger, opts: opts}
 	if err := a.open(); err != nil {
 		return err
 	}
@@ -129,7 +133,8 @@ func Cleanup(log *slog.Logger, state string) error {
 
 // remove takes everything down; routes and links before what guards them.
 func (a *Agent) remove() error {
-	return errors.Join(a.encryption.remove(), a.route.Close(), a.nft.Close(), a.encryption.guard.Remove(context.Background()))
+	_, err := a.encryption.chain.Set(false)
+	return errors.Join(err, a.encryption.remove(), a.route.Close(), a.nft.Close(), a.encryption.guard.Remove(context.Background()))
 }
 
 // end lets go of everything, or removes it.
@@ -176,6 +181,7 @@ func (a *Agent) loop(ctx context.Context) error {
 	}
 	resync := time.NewTicker(resyncEvery)
 	defer resync.Stop()
+	defer a.encryption.chain.Close()
 	for {
 		a.beat.Store(time.Now().Unix())
 		var again <-chan time.Time
@@ -187,6 +193,7 @@ func (a *Agent) loop(ctx context.Context) error {
 			return nil
 		case <-objects:
 		case <-links:
+		case <-a.encryption.chain.Changes():
 		case <-resync.C:
 		case <-again:
 		}

@@ -24,9 +24,6 @@ import (
 	"github.com/culvert-vpn/culvert/internal/wireguard"
 )
 
-// GuardFile is where, in an agent's state directory, the guard is kept.
-const GuardFile = "guard.json"
-
 // EncryptionCluster is what the encryption between nodes needs of an API server; a Cluster
 // that has none of it does not encrypt.
 type EncryptionCluster interface {
@@ -53,6 +50,7 @@ type encryption struct {
 	cluster EncryptionCluster
 	route   *route.Route
 	guard   *guard.Guard
+	chain   *chain
 	wg      *wireguard.WireGuard // nil: nothing was to be encrypted yet
 	keys    *keys
 
@@ -67,14 +65,14 @@ type encryption struct {
 }
 
 func newEncryption(o Options, r *route.Route) (*encryption, error) {
-	e := &encryption{log: o.Logger, node: o.Node, dir: o.State, ranges: o.PodRanges, route: r, told: map[string]bool{}}
+	e := &encryption{log: o.Logger, node: o.Node, dir: o.State, ranges: o.PodRanges, route: r, told: map[string]bool{}, chain: newChain(o.CNI)}
 	if e.log == nil {
 		e.log = slog.New(slog.DiscardHandler)
 	}
 	e.cluster, _ = o.Cluster.(EncryptionCluster)
 	file := ""
 	if e.dir != "" {
-		file = filepath.Join(e.dir, GuardFile)
+		file = filepath.Join(e.dir, guard.FileName)
 	}
 	var err error
 	e.guard, err = guard.New(guard.Options{File: file, Logger: e.log})
@@ -277,11 +275,13 @@ func exists(link string) bool {
 	return err == nil
 }
 
-// after is the step that comes last: a guard that nobody wants any more goes when nothing is
-// encrypted any more. One whose NodeEncryption is there, but cannot be read, stays.
+// after are the steps that come last: a guard that nobody wants any more goes when nothing is
+// encrypted any more. One whose NodeEncryption is there, but cannot be read, stays. Pods wait
+// for a guard as long as one is kept that drops.
 func (e *encryption) after(s netstate.State) []step {
+	hold := step{"cni", func(context.Context) (int, error) { return e.chain.Set(e.dir != "" && e.strict()) }}
 	if s.Guard != nil || e.present || e.dir == "" {
-		return nil
+		return []step{hold}
 	}
 	return []step{{"guard", func(ctx context.Context) (int, error) {
 		o, err := e.guard.Observe()
@@ -293,7 +293,7 @@ func (e *encryption) after(s netstate.State) []step {
 			return 0, nil
 		}
 		return 1, e.guard.Remove(ctx)
-	}}}
+	}}, hold}
 }
 
 // remove takes everything down, the guard last.

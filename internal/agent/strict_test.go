@@ -4,6 +4,8 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"github.com/culvert-vpn/culvert/internal/guard"
 )
 
 // An agent that is removed, or believes so because it may no longer ask, leaves a strict
@@ -17,7 +19,7 @@ func TestStrictGuardOutlivesTheAgent(t *testing.T) {
 	} {
 		dir := t.TempDir()
 		if saved != "" {
-			if err := os.WriteFile(filepath.Join(dir, GuardFile), []byte(saved), 0o600); err != nil {
+			if err := os.WriteFile(filepath.Join(dir, guard.FileName), []byte(saved), 0o600); err != nil {
 				t.Fatal(err)
 			}
 		}

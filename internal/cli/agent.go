@@ -4,18 +4,21 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"path/filepath"
 	"strings"
 
 	"github.com/spf13/cobra"
 
 	"github.com/culvert-vpn/culvert/internal/agent"
 	"github.com/culvert-vpn/culvert/internal/cli/usage"
+	"github.com/culvert-vpn/culvert/internal/cni"
 	"github.com/culvert-vpn/culvert/internal/kube"
 	"github.com/culvert-vpn/culvert/internal/process"
 )
 
 func newAgent() *cobra.Command {
 	var opts agent.Options
+	var cniOpts cniFlags
 	var api kube.Options
 	var log process.LogOptions
 	cmd := &cobra.Command{
@@ -53,6 +56,9 @@ node that an agent left otherwise, 'culvert agent cleanup' removes it.`,
 				namespace = ns
 			}
 			opts.Logger = logger
+			if opts.CNI, err = cniOpts.options(opts.State); err != nil {
+				return err
+			}
 			opts.Cluster, err = agent.NewKubernetes(agent.KubernetesOptions{
 				Config: config, Node: opts.Node, Namespace: namespace, DaemonSet: os.Getenv("DAEMONSET"), Logger: logger,
 			})
@@ -67,22 +73,25 @@ node that an agent left otherwise, 'culvert agent cleanup' removes it.`,
 	f.StringVar(&api.Kubeconfig, "kubeconfig", "", "file that says where the API server is; empty: that of the cluster whose pod this is, or KUBECONFIG")
 	f.StringVar(&opts.State, "state", "/var/lib/culvert-agent", "directory for this node's key and guard (NodeEncryption), which must outlive the agent and a restart of the node")
 	f.Var(prefixes{&opts.PodRanges}, "pod-range", "range of the cluster's pods (repeatable), beyond those of Nodes and VPNGateways: with a NodeEncryption nothing leaves for it in the clear")
+	cniOpts.flags(cmd, "", "")
 	f.StringVar(&opts.HTTP, "http", "127.0.0.1:9591", "address:port for /healthz, /readyz and /metrics; empty: none")
 	f.BoolVar(&opts.PProf, "pprof", false, "serve /debug/pprof beside the metrics")
 	f.StringVar(&log.Level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&log.Format, "log-format", "text", "text or json")
-	cmd.AddCommand(newAgentCleanup())
+	cmd.AddCommand(newAgentCleanup(), newAgentRemovable())
 	return cmd
 }
 
 func newAgentCleanup() *cobra.Command {
 	var log process.LogOptions
-	var state string
+	var opts agent.Options
+	var cniOpts cniFlags
 	cmd := &cobra.Command{
 		Use:   "cleanup",
 		Short: "Remove from this node everything that an agent made",
-		Long: `Removes the links, routes, rules and nftables tables that 'culvert agent' made on this node:
-for one that was taken out of the cluster, or out of the DaemonSet's node selector. No agent
+		Long: `Removes the links, routes, rules and nftables tables that 'culvert agent' made on this node, and
+its part of the network configuration (not the plug-in's program, which the container runtime
+may ask for as long as pods live that it let in): for one that was taken out of the cluster, or out of the DaemonSet's node selector. No agent
 may run there any more, or it makes them again. It needs no API server; nothing that is not
 Culvert's is touched.`,
 		Args: noArgs,
@@ -91,14 +100,44 @@ Culvert's is touched.`,
 			if err != nil {
 				return usage.Wrap(err)
 			}
-			return agent.Cleanup(logger, state)
+			opts.Logger = logger
+			if opts.CNI, err = cniOpts.options(opts.State); err != nil {
+				return err
+			}
+			return agent.Cleanup(opts)
 		},
 	}
 	f := cmd.Flags()
-	f.StringVar(&state, "state", "/var/lib/culvert-agent", "the agent's directory: the guard in it goes, the key stays")
+	f.StringVar(&opts.State, "state", "/var/lib/culvert-agent", "the agent's directory: the guard in it goes, the key stays")
+	cniOpts.flags(cmd, "/etc/cni/net.d", "/opt/cni/bin")
 	f.StringVar(&log.Level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&log.Format, "log-format", "text", "text or json")
 	return cmd
+}
+
+// cniFlags say where the container runtime's network configuration is.
+type cniFlags struct{ config, bin, root string }
+
+func (c *cniFlags) flags(cmd *cobra.Command, config, bin string) {
+	f := cmd.Flags()
+	f.StringVar(&c.config, "cni-config", config, "the container runtime's directory with network configurations, on the host (usually /etc/cni/net.d): while NodeEncryption is Strict no pod gets a network before the guard stands; empty: pods do not wait")
+	f.StringVar(&c.bin, "cni-bin", bin, "the container runtime's directory with network plug-ins, on the host (usually /opt/cni/bin)")
+	f.StringVar(&c.root, "host-root", "/proc/1/root", "where the host's file system is to be found")
+}
+
+// options are nil when there is no configuration to change.
+func (c *cniFlags) options(state string) (*cni.Options, error) {
+	if c.config == "" {
+		return nil, nil
+	}
+	if c.bin == "" {
+		return nil, usage.Errorf("--cni-config needs --cni-bin: the directory that the container runtime finds network plug-ins in")
+	}
+	own, err := os.Executable()
+	if err != nil {
+		return nil, err
+	}
+	return &cni.Options{Root: c.root, ConfigDir: c.config, BinDir: c.bin, State: state, Program: filepath.Join(filepath.Dir(own), cni.Plugin)}, nil
 }
 
 // prefixes is a flag of ranges.

@@ -9,7 +9,6 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"github.com/culvert-vpn/culvert/internal/agent"
 	"github.com/culvert-vpn/culvert/internal/guard"
 	"github.com/culvert-vpn/culvert/internal/netstate"
 )
@@ -27,7 +26,7 @@ do so without an agent and without an API server: at boot, or when something is 
 	}
 	cmd.PersistentFlags().StringVar(&state, "state", "/var/lib/culvert-agent", "the agent's directory")
 	open := func() (*guard.Guard, error) {
-		return guard.New(guard.Options{File: filepath.Join(state, agent.GuardFile)})
+		return guard.New(guard.Options{File: filepath.Join(state, guard.FileName)})
 	}
 	cmd.AddCommand(
 		&cobra.Command{

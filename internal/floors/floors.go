@@ -34,7 +34,7 @@ var floors = [][]string{
 	// 3: effects.
 	{
 		"internal/source", "internal/store", "internal/cilium",
-		"internal/wireguard", "internal/ipsec", "internal/nft", "internal/guard", "internal/route", "internal/relay", "internal/probe",
+		"internal/wireguard", "internal/ipsec", "internal/nft", "internal/guard", "internal/cni", "internal/route", "internal/relay", "internal/probe",
 		"internal/reverse/hub", "internal/reverse/spoke", "internal/reverse/front", "internal/reverse/egress",
 		"internal/lab",
 	},
@@ -52,7 +52,7 @@ var pure = []string{"internal/model", "internal/ipam", "internal/pki", "internal
 // appliers put a part of netstate.State into effect. They know neither the objects that
 // it was planned from nor Kubernetes.
 var appliers = []string{
-	"internal/wireguard", "internal/ipsec", "internal/nft", "internal/guard", "internal/route", "internal/relay", "internal/probe",
+	"internal/wireguard", "internal/ipsec", "internal/nft", "internal/guard", "internal/cni", "internal/route", "internal/relay", "internal/probe",
 }
 
 // forTests are the packages that tests on any floor may import in addition.
@@ -130,7 +130,7 @@ func checkDeps(name string, deps []string) []string {
 	switch {
 	case within(name, appliers):
 		forbidden = []string{"k8s.io", "sigs.k8s.io/controller-runtime", Module + "/api", Module + "/internal/model"}
-	case name == "cmd/culvert-tunnel":
+	case name == "cmd/culvert-tunnel", name == "cmd/culvert-cni":
 		forbidden = []string{"k8s.io/client-go", "sigs.k8s.io/controller-runtime"}
 	}
 	var broken []string

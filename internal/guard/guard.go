@@ -40,6 +40,9 @@ import (
 // Table is the name of the table, of family inet.
 const Table = "culvert-guard"
 
+// FileName is where, in an agent's state directory, the guard is kept.
+const FileName = "guard.json"
+
 // Options configure a Guard.
 type Options struct {
 	// Program is the path of nft(8); empty: found in PATH.
@@ -135,7 +138,12 @@ func (x *Guard) Saved() (*netstate.Guard, error) {
 	if x.file == "" {
 		return nil, nil
 	}
-	data, err := os.ReadFile(x.file)
+	return Load(x.file)
+}
+
+// Load reads a guard that Set has saved; nil: there is none.
+func Load(file string) (*netstate.Guard, error) {
+	data, err := os.ReadFile(file)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
@@ -144,7 +152,7 @@ func (x *Guard) Saved() (*netstate.Guard, error) {
 	}
 	g := &netstate.Guard{}
 	if err := json.Unmarshal(data, g); err != nil {
-		return nil, fmt.Errorf("read the saved guard %s: %w", x.file, err)
+		return nil, fmt.Errorf("read the saved guard %s: %w", file, err)
 	}
 	return g, nil
 }

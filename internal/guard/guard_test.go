@@ -156,6 +156,34 @@ func TestManyNodes(t *testing.T) {
 	}
 }
 
+// A guard stands when it drops, and nobody has flushed it.
+func TestStanding(t *testing.T) {
+	h, x := open(t, "")
+	standing := func(want bool, what string) {
+		t.Helper()
+		h.Do(func() error {
+			got, err := Standing()
+			if got != want {
+				t.Errorf("%s: standing %v", what, got)
+			}
+			return err
+		})
+	}
+	standing(false, "no table")
+	lax := example(1)
+	lax.Strict = false
+	set(t, h, x, lax)
+	standing(false, "one that only counts")
+	set(t, h, x, example(1))
+	standing(true, "a strict one")
+	h.Run("nft", "flush", "chain", "inet", Table, "postrouting")
+	standing(false, "a chain was flushed")
+	set(t, h, x, example(1))
+	standing(true, "repaired")
+	h.Run("nft", "flush", "table", "inet", Table)
+	standing(false, "the table was flushed")
+}
+
 func TestHostileNames(t *testing.T) {
 	for _, name := range []string{"", `x" accept; #`, "a b", "averyveryverylongname", "x;y", "*x", "x\n"} {
 		g := example(1)

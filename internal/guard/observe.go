@@ -177,6 +177,17 @@ func (f *found) readRules() error {
 	return nil
 }
 
+// Standing tells whether a guard that drops stands in the network namespace of the calling
+// thread: one that this version, or another one, has put up and nobody has flushed. It needs no
+// nft(8).
+func Standing() (bool, error) {
+	f := &found{rules: map[string]int{}}
+	if err := f.readRules(); err != nil {
+		return false, fmt.Errorf("list rules of nftables table %s: %w", Table, err)
+	}
+	return strings.HasPrefix(f.stamp, stampStrict) && f.rules["prerouting"] > 0 && f.rules["forward"] > 0 && f.rules["postrouting"] > 0, nil
+}
+
 // equal tells whether a table is what is in the kernel.
 func (f *found) equal(t *table) bool {
 	if f.stamp != t.stamp {

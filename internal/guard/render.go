@@ -85,6 +85,9 @@ func render(g *netstate.Guard) (*table, error) {
 	t.forwarded(patterns)
 	t.outgoing(g, patterns)
 	t.stamp = t.digest()
+	if g.Strict {
+		t.stamp = stampStrict + t.stamp
+	}
 	return t, nil
 }
 
@@ -269,6 +272,9 @@ func (t *table) digest() string {
 
 // stampChain keeps the digest, as a comment; nothing leads to it.
 const stampChain = "stamp"
+
+// stampStrict begins the stamp of a guard that drops.
+const stampStrict = "strict-"
 
 // script writes everything, in a form that can be repeated: what is there stays, with its
 // counts, and gets new contents.

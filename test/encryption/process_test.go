@@ -26,6 +26,7 @@ type program struct {
 	Key       string
 	Model     model.Model
 	PodRanges []netip.Prefix
+	Once      bool // and then leave it alone
 }
 
 func TestMain(m *testing.M) {
@@ -55,14 +56,18 @@ func runProgram(file string) error {
 		if _, err := n.set(); err != nil {
 			return err
 		}
+		if p.Once {
+			select {}
+		}
 		time.Sleep(200 * time.Millisecond)
 	}
 }
 
-// process starts a process that keeps the node as it should be.
-func (n *node) process() *exec.Cmd {
+// process starts a process that keeps the node as it should be; with "once" it makes it so, and
+// keeps the WireGuard device in user space going.
+func (n *node) process(how ...string) *exec.Cmd {
 	n.c.t.Helper()
-	data, err := json.Marshal(program{n.model.Name, n.file, n.key.String(), n.c.model, n.c.podRanges})
+	data, err := json.Marshal(program{n.model.Name, n.file, n.key.String(), n.c.model, n.c.podRanges, slices.Contains(how, "once")})
 	if err != nil {
 		n.c.t.Fatal(err)
 	}

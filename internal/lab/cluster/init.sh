@@ -35,9 +35,12 @@ while read -r _ dir type options _; do
 	mount -t "$type" ${options:+-o "$options"} cgroup "$dir"
 done <<<"$groups"
 
-# Its own /etc, /var and /run; the rest of the file system is the machine's.
+# Its own /etc, /opt, /var and /run; the rest of the file system is the machine's.
 mkdir -p "$own"/{etc,etc.work,var/lib,var/log,var/cache,run/"${state##*/}"}
 mkdir -p -m 1777 "$own/var/tmp"
+# Who installs a CNI plug-in on the node must not install it on the machine.
+mkdir -p "$own/opt/cni/bin"
+ln -sf /usr/lib/cni/* "$own/opt/cni/bin/"
 ln -sfn /run "$own/var/run"
 mount -t overlay -o "lowerdir=/etc,upperdir=$own/etc,workdir=$own/etc.work" overlay /etc
 rm -f /etc/resolv.conf
@@ -45,6 +48,7 @@ rm -f /etc/resolv.conf
 echo "$node" >/etc/hostname
 printf '127.0.0.1 localhost\n::1 localhost\n%s %s\n' "$address" "$node" >/etc/hosts
 mount --bind "$own/var" /var
+mount --bind "$own/opt" /opt
 mount --bind "$state" "$own/run/${state##*/}"
 mount --rbind "$own/run" /run
 mount --make-rshared /

@@ -39,7 +39,7 @@ func newWorld(t *testing.T) *world {
 	t.Helper()
 	labtest.Require(t, "tcpdump")
 	w := &world{Cluster: clustertest.Start(t, cluster.Options{Nodes: 2}), t: t, plain: map[string][]string{}}
-	w.Install("--set", "agent.podRanges={10.244.0.0/16,fd00:244::/32}")
+	w.Install("--set", "agent.podRanges={10.244.0.0/16,fd00:244::/32}", "--set-json", agentAffinity)
 	w.Namespace(namespace)
 	var pods strings.Builder
 	for _, n := range w.Nodes {
@@ -68,7 +68,8 @@ spec: {selector: {node: %[1]s}, ports: [{port: 80, targetPort: 8080}]}
 }
 
 // listen notes what goes over a node's wire in the clear: what has a pod at an end, and what
-// nodes say to each other, other than WireGuard and neighbour discovery.
+// nodes say to each other, other than WireGuard, the kernel's words about it (nobody listens
+// at that port yet), and neighbour discovery.
 func (w *world) listen(n *cluster.Node) {
 	w.t.Helper()
 	var between []string
@@ -81,7 +82,7 @@ func (w *world) listen(n *cluster.Node) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cmd := n.Command(ctx, "tcpdump", "-n", "-l", "-q", "-p", "-i", "eth0",
-		"(net 10.244.0.0/16 or net fd00:244::/32 or "+strings.Join(between, " or ")+") and not arp and not udp port 51821 and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137)")
+		"(net 10.244.0.0/16 or net fd00:244::/32 or "+strings.Join(between, " or ")+") and not arp and not udp port 51821 and not (icmp[0] = 3 and icmp[1] = 3 and icmp[30:2] = 51821) and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137)")
 	out, err := cmd.StdoutPipe()
 	if err == nil {
 		err = n.Start(cmd)
@@ -250,18 +251,24 @@ func TestEncryption(t *testing.T) {
 		w.silence(t, "upgrade")
 	})
 	t.Run("key rotation", w.rotation)
+	t.Run("network configuration", w.follows)
+	t.Run("boot without an agent", w.boot)
 	t.Run("own node only", w.ownNodeOnly)
+	t.Run("uninstalled while strict", w.uninstalled)
 	t.Run("off", func(t *testing.T) {
 		w.Kubectl("delete", "nodeencryption", "cluster")
 		for _, n := range w.Nodes {
 			labtest.Eventually(t, 20*time.Second, n.Name+" has nothing of it any more", func() error { return nothingLeft(n) })
 		}
-		w.works(t, requests)
+		w.works(t, w.requests()) // pods have had new addresses since
 	})
 }
 
 func nothingLeft(n *cluster.Node) error {
 	ctx := context.Background()
+	if _, err := n.Run(ctx, "test", "!", "-e", chain); err != nil {
+		return fmt.Errorf("the plug-in is in the chain: %w", err)
+	}
 	if _, err := n.Output(ctx, "ip", "link", "show", "cvtnode0"); err == nil {
 		return fmt.Errorf("cvtnode0 is there")
 	}
