@@ -2,6 +2,7 @@ package gateway
 
 import (
 	"context"
+	"net/http"
 	"net/netip"
 
 	"github.com/culvert-vpn/culvert/internal/model"
@@ -28,6 +29,13 @@ type backing interface {
 	// Review leaves out problems that are others' business, and says of the rest what Parse
 	// cannot know.
 	Review([]model.Problem) []model.Problem
+	// Active says whether this process is the one of the gateway's that works; known is false
+	// as long as that is not decided, and what is in effect on the host then stays.
+	Active() (active, known bool)
+	// Contested says that another process goes on with what this one gives up.
+	Contested() bool
+	// Hello is what other processes of the gateway ask; nil: nothing.
+	Hello() http.Handler
 	// Identity is the gateway's key and where its peers were last seen.
 	Identity(ctx context.Context, gw *model.Gateway) (identity, error)
 	// Devices fills in the facts about devices: their addresses, and the keys that were
@@ -52,6 +60,7 @@ type identity struct {
 
 // account is what a gateway knows of itself and of its peers at one time.
 type account struct {
+	active   bool           // this process is the one that works
 	gateway  *model.Gateway // nil: none is in effect
 	report   Report
 	problems []model.Problem

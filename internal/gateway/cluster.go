@@ -6,12 +6,16 @@ import (
 	"fmt"
 	"log/slog"
 	"maps"
+	"net"
+	"net/http"
 	"net/netip"
 	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -22,6 +26,7 @@ import (
 	"github.com/culvert-vpn/culvert/internal/plan"
 	"github.com/culvert-vpn/culvert/internal/source"
 	"github.com/culvert-vpn/culvert/internal/store"
+	"github.com/culvert-vpn/culvert/internal/workload"
 )
 
 // Cluster is the API server that a gateway pod has its objects from, and what the pod
@@ -43,9 +48,13 @@ type cluster struct {
 	api   *source.API
 	store *store.Kube
 	*teller
+	elector *elector
 
 	// Of the last snapshot.
-	own     *v1alpha1.VPNGateway // nil: not there
+	own     *v1alpha1.VPNGateway                  // nil: not there
+	service *corev1.Service                       // nil: not there
+	slices  map[string]*discoveryv1.EndpointSlice // of service
+	sliced  map[string]time.Time                  // when one was last written that is not seen yet
 	zone    string
 	ours    map[model.Ref]model.Decoded // Sites and Devices that name this gateway
 	devices map[model.ID]*v1alpha1.Device
@@ -54,18 +63,27 @@ type cluster struct {
 	cancel context.CancelFunc
 	done   sync.WaitGroup
 	save   chan map[netstate.Key]netip.AddrPort
+	// vote ends the election, when everything else is over.
+	vote    context.CancelFunc
+	elected sync.WaitGroup
 }
 
 // identityTimeout is how long the API server may take over the gateway's key.
 const identityTimeout = 10 * time.Second
 
-func newCluster(opts Cluster, log *slog.Logger) *cluster {
-	manager := "culvert-gateway/" + opts.Pod
+// newCluster is for a pod that serves HTTP at an address.
+func newCluster(opts Cluster, at string, log *slog.Logger) *cluster {
 	c := &cluster{
-		opts: opts, log: log, store: store.NewKube(opts.Client, opts.Gateway, manager),
-		save: make(chan map[netstate.Key]netip.AddrPort, 1), cancel: func() {},
+		opts: opts, log: log, store: store.NewKube(opts.Client, opts.Gateway, podManager(opts.Pod)),
+		save: make(chan map[netstate.Key]netip.AddrPort, 1), cancel: func() {}, vote: func() {},
+		sliced: map[string]time.Time{},
 	}
-	c.teller = newTeller(opts, manager, log)
+	_, port, err := net.SplitHostPort(at)
+	if err != nil { // it serves nothing: nobody can greet it
+		port = "0"
+	}
+	c.elector = newElector(opts.Pod, port, c.store, log)
+	c.teller = newTeller(opts, log)
 	c.api = source.NewAPI(source.APIOptions{
 		Client: opts.Client, Logger: log,
 		Secrets: func(d model.Decoded) bool { return gatewayOf(d) == opts.Gateway },
@@ -95,18 +113,58 @@ func (c *cluster) Name() string { return "objects" }
 
 // Watch implements backing.
 func (c *cluster) Watch(ctx context.Context) (<-chan struct{}, error) {
+	voting, vote := context.WithCancel(context.WithoutCancel(ctx))
+	c.vote = vote
+	c.elected.Go(func() { c.elector.run(voting) })
 	ctx, c.cancel = context.WithCancel(ctx)
 	c.done.Go(func() { c.saveEndpoints(ctx) })
 	c.done.Go(func() { c.teller.run(ctx) })
-	return c.api.Watch(ctx)
+	objects, err := c.api.Watch(ctx)
+	if err != nil {
+		return nil, err
+	}
+	out := make(chan struct{}, 1)
+	c.done.Go(func() { pass(ctx, out, objects, c.elector.changed) })
+	return out, nil
 }
 
-// Close implements backing.
+// pass tells of changes of either kind, several at once as one.
+func pass(ctx context.Context, out chan<- struct{}, a, b <-chan struct{}) {
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-a:
+		case <-b:
+		}
+		select {
+		case out <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// Close implements backing. The Lease is given up last: another pod then takes over.
 func (c *cluster) Close() error {
 	c.cancel()
 	c.done.Wait()
-	return nil
+	contested := c.Contested()
+	c.vote()
+	c.elected.Wait()
+	if !contested {
+		return nil
+	}
+	return c.elector.release()
 }
+
+// Active implements backing.
+func (c *cluster) Active() (active, known bool) { return c.elector.active() }
+
+// Contested implements backing.
+func (c *cluster) Contested() bool { return c.elector.contested() }
+
+// Hello implements backing.
+func (c *cluster) Hello() http.Handler { return c.elector }
 
 // Read implements backing.
 func (c *cluster) Read() (model.Objects, []model.Problem, error) {
@@ -114,7 +172,7 @@ func (c *cluster) Read() (model.Objects, []model.Problem, error) {
 	if err != nil {
 		return objects, problems, err
 	}
-	c.own, c.zone = nil, ""
+	c.own, c.zone, c.service, c.slices = nil, "", nil, map[string]*discoveryv1.EndpointSlice{}
 	c.ours, c.devices = map[model.Ref]model.Decoded{}, map[model.ID]*v1alpha1.Device{}
 	for _, d := range objects.All() {
 		ref := d.Ref()
@@ -133,13 +191,49 @@ func (c *cluster) Read() (model.Objects, []model.Problem, error) {
 				c.ours[ref] = d
 				c.devices[ref.ID] = o
 			}
+		case *corev1.Service:
+			if ref.ID == c.serviceID() {
+				c.service = o
+			}
+		case *discoveryv1.EndpointSlice:
+			if ref.ID.Namespace == c.opts.Gateway.Namespace && o.Labels[discoveryv1.LabelServiceName] == c.serviceID().Name {
+				c.slices[o.Name] = o
+			}
 		default:
 			if ref.Kind == model.KindNode && ref.ID.Name == c.opts.Node {
 				c.zone = o.GetLabels()["topology.kubernetes.io/zone"]
 			}
 		}
 	}
+	if c.own != nil {
+		c.among(c.own)
+	}
 	return objects, problems, nil
+}
+
+// serviceID is the Service that the far sides reach the gateway by.
+func (c *cluster) serviceID() model.ID {
+	return model.ID{Namespace: c.opts.Gateway.Namespace, Name: workload.GatewayName(c.opts.Gateway.Name)}
+}
+
+// among tells the elector who else there is.
+func (c *cluster) among(o *v1alpha1.VPNGateway) {
+	replicas := 1
+	if o.Spec.Replicas != nil {
+		replicas = int(*o.Spec.Replicas)
+	}
+	others := map[string][]netip.Addr{}
+	for _, e := range o.Status.Endpoints {
+		if e.Pod == c.opts.Pod {
+			continue
+		}
+		for _, ip := range e.PodIPs {
+			if a, err := netip.ParseAddr(string(ip)); err == nil {
+				others[e.Pod] = append(others[e.Pod], a.Unmap())
+			}
+		}
+	}
+	c.elector.among(o.UID, replicas, others)
 }
 
 // Stale implements backing.

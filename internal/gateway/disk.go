@@ -3,6 +3,7 @@ package gateway
 import (
 	"context"
 	"errors"
+	"net/http"
 	"net/netip"
 	"time"
 
@@ -45,6 +46,15 @@ func (d *disk) ParseOptions(model.Objects) model.ParseOptions { return model.Par
 
 // Review implements backing.
 func (d *disk) Review(problems []model.Problem) []model.Problem { return problems }
+
+// Active implements backing: there is no other process.
+func (d *disk) Active() (active, known bool) { return true, true }
+
+// Contested implements backing.
+func (d *disk) Contested() bool { return false }
+
+// Hello implements backing.
+func (d *disk) Hello() http.Handler { return nil }
 
 // Identity implements backing.
 func (d *disk) Identity(context.Context, *model.Gateway) (id identity, err error) {

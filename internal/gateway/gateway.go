@@ -82,6 +82,7 @@ type Gateway struct {
 	problems   []ProblemReport
 	account    account // what problems are made of, for the backing
 	model      *model.Gateway
+	active     bool // this process works, and is no standby
 	planned    plan.Result
 	nextChange time.Time
 	failed     map[string]string // step → what is wrong with it now
@@ -128,7 +129,7 @@ func (g *Gateway) open() error {
 		return err
 	}
 	if g.opts.Cluster != nil {
-		g.backing = newCluster(*g.opts.Cluster, g.log)
+		g.backing = newCluster(*g.opts.Cluster, g.opts.HTTP, g.log)
 		return g.openAppliers()
 	}
 	if g.backing, err = newDisk(g.opts.Manifests, g.store); err != nil {
@@ -223,6 +224,7 @@ func (g *Gateway) close() error {
 		closeIf("wireguard", g.wireguard != nil, func() error { return g.wireguard.Close() })
 		closeIf("firewall", g.nft != nil, func() error { return g.nft.Close() })
 	} else {
+		closeIf("tunnels", g.backing != nil && g.relay != nil, func() error { g.standDown(); return nil })
 		closeIf("routes", g.route != nil, func() error { return g.route.Detach() })
 		closeIf("ipsec", g.ipsec != nil, func() error { g.ipsec.Release(); return nil })
 	}
@@ -294,6 +296,15 @@ func (g *Gateway) reconcile(ctx context.Context) {
 		g.nextChange = time.Now().Add(retryEvery)
 		return
 	}
+	active, known := g.backing.Active()
+	if !known {
+		g.nextChange = time.Now().Add(retryEvery)
+		return
+	}
+	if active && !g.active {
+		g.takeOver(ctx, gw)
+	}
+	g.active = active
 	state, result := netstate.State{}, plan.Result{}
 	if gw != nil {
 		var err error
@@ -302,17 +313,49 @@ func (g *Gateway) reconcile(ctx context.Context) {
 			g.nextChange = time.Now().Add(retryEvery)
 			return
 		}
-		state = result.State
+		if state = result.State; !active {
+			state = plan.Standby(state)
+		}
 	}
 	g.nextChange = result.NextChange
 	g.apply(ctx, state)
+	if now, _ := g.backing.Active(); now != active { // the other way round, at once
+		g.nextChange = time.Now()
+	}
 	g.check("state", g.backing.Save())
 	if g.failed["sysctls"] != "" || g.opts.IPsecDir != "" && g.failed["ipsec"] != "" {
 		// In a pod others set the one, and start the other.
 		g.nextChange = earliest(g.nextChange, time.Now().Add(retryEvery))
 	}
-	g.publish(gw, result)
+	g.publish(gw, result, state)
 }
+
+// takeOver learns where the peers were last seen: another process may have worked since.
+func (g *Gateway) takeOver(ctx context.Context, gw *model.Gateway) {
+	if g.facts.PrivateKey.IsZero() { // identify does
+		return
+	}
+	id, err := g.backing.Identity(ctx, gw)
+	if err != nil {
+		g.log.Warn("cannot read where the peers were last seen", "error", err)
+		return
+	}
+	g.facts.Endpoints, g.lastEndpoints = id.endpoints, maps.Clone(id.endpoints)
+}
+
+// standDown takes the tunnels down before the process ends, when another one goes on: the
+// IKE daemon outlives this process, and must not answer beside the other's.
+func (g *Gateway) standDown() {
+	if g.model == nil || !g.active || !g.backing.Contested() {
+		return
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), standDownTimeout)
+	defer cancel()
+	g.apply(ctx, plan.Standby(g.planned.State))
+}
+
+// standDownTimeout leaves another process that waits for the Lease enough of its time.
+const standDownTimeout = time.Second
 
 // earliest is the first of two times, of which the zero one is never.
 func earliest(a, b time.Time) time.Time {
@@ -325,6 +368,9 @@ func earliest(a, b time.Time) time.Time {
 // apply runs all steps, also after one failed: what can be in effect is.
 func (g *Gateway) apply(ctx context.Context, s netstate.State) {
 	for _, st := range g.steps(s) {
+		if now, _ := g.backing.Active(); now != g.active {
+			return // somebody else does this by now, or is to
+		}
 		changed, err := st.set(ctx)
 		g.check(st.name, err)
 		if changed > 0 {

@@ -84,7 +84,12 @@ func (g *Gateway) listen(group *process.Group) error {
 	health.AddLive("loop", func() error { return stuck(time.Since(time.Unix(g.beat.Load(), 0))) })
 	registry := process.NewRegistry()
 	registry.MustRegister(collector{g})
-	return process.ServeTCP(group, g.opts.HTTP, process.Mux(health, registry, g.opts.PProf))
+	mux := http.NewServeMux()
+	mux.Handle("/", process.Mux(health, registry, g.opts.PProf))
+	if h := g.backing.Hello(); h != nil {
+		mux.Handle("POST "+helloPath, h)
+	}
+	return process.ServeTCP(group, g.opts.HTTP, mux)
 }
 
 // stuckAfter is when a loop that ought to turn every second is taken for hung: well above

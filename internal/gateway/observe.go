@@ -22,8 +22,9 @@ const staleAfter = 180 * time.Second
 // saveEvery is how often endpoints that changed are written to disk.
 const saveEvery = 5 * time.Second
 
-// publish makes the report of what reconcile has just applied.
-func (g *Gateway) publish(gw *model.Gateway, result plan.Result) {
+// publish makes the report of what reconcile has just planned, and of the state, all or part
+// of that, which it has applied.
+func (g *Gateway) publish(gw *model.Gateway, result plan.Result, state netstate.State) {
 	g.planned = result
 	r := Report{
 		Version:  process.Version(),
@@ -33,6 +34,7 @@ func (g *Gateway) publish(gw *model.Gateway, result plan.Result) {
 		MTU:      map[string]int{},
 		Errors:   maps.Clone(g.failed),
 		Problems: g.problems,
+		Active:   g.active,
 		Key:      g.facts.PublicKey.String(),
 		Services: ServicesReport{Mode: string(result.State.Services.Mode), Ports: len(result.State.Services.Ports)},
 	}
@@ -48,7 +50,7 @@ func (g *Gateway) publish(gw *model.Gateway, result plan.Result) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	r.Sites, r.Devices, r.Dropped = g.report.Sites, g.report.Devices, g.report.Dropped
-	g.report, g.applied, g.behind = r, result.State, g.facts
+	g.report, g.applied, g.behind = r, state, g.facts
 	g.ready = notReady(r)
 }
 
@@ -81,6 +83,7 @@ func (g *Gateway) observe(ctx context.Context) {
 	g.report.Sites, g.report.Devices, g.report.Dropped = sites, peers, firewall.Dropped
 	g.account.report = g.report
 	g.mu.Unlock()
+	g.account.active = g.active
 	g.account.gateway, g.account.waiting = g.model, g.planned.Waiting
 	g.backing.Tell(g.account)
 }

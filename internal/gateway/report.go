@@ -8,7 +8,9 @@ import (
 // Report is the state of a running gateway, as "culvert status" shows it. It holds no
 // secret.
 type Report struct {
-	Gateway string    `json:"gateway"` // "default/edge"; empty: no VPNGateway yet
+	Gateway string `json:"gateway"` // "default/edge"; empty: no VPNGateway yet
+	// Active means that this process works; else it stands by for another one.
+	Active  bool      `json:"active"`
 	Key     string    `json:"publicKey,omitempty"`
 	Version string    `json:"version"`
 	Started time.Time `json:"started"`

@@ -1,48 +1,40 @@
 package gateway
 
 import (
-	"context"
-	"encoding/json"
 	"fmt"
 	"log/slog"
 	"net/netip"
-	"slices"
-	"sync"
 	"time"
 
-	corev1 "k8s.io/api/core/v1"
-	eventsv1 "k8s.io/api/events/v1"
-	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
-	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
 	"github.com/culvert-vpn/culvert/internal/model"
+	"github.com/culvert-vpn/culvert/internal/workload"
 )
 
 // graceAfterStart is how long a peer that was connected before this process began may stay
 // away without a word: a restart is not worth a condition.
 const graceAfterStart = 15 * time.Second
 
-// teller writes status and events, on transitions only. Its loop's side says what is to be
-// told; workers in the background write it, the newest for each object, until it is there.
+// teller says where objects stand, on transitions only. What is to be told is decided on the
+// loop's side, and written in the background.
 type teller struct {
+	*writer
 	opts    Cluster
-	manager string
-	log     *slog.Logger
-	started time.Time
+	started time.Time // this process, or its work when others have worked before
 
-	told   map[model.Ref]*told // the loop's own
-	active bool
-
-	mu      sync.Mutex
-	pending map[model.Ref]patch
-	order   []model.Ref
-	busy    map[model.Ref]bool
-	wake    chan struct{}
-	events  chan *eventsv1.Event
+	told    map[model.Ref]*told // the loop's own
+	working bool                // this pod is the one that works
+	serving bool                // and has been programmed
 }
+
+// Field managers: what a pod says of itself, and what whichever pod works says of the objects.
+// The latter have one name, so that a pod that takes over changes nothing that stays true.
+func podManager(pod string) string { return gatewayManager + "/" + pod }
+
+const gatewayManager = "culvert-gateway"
 
 // told is what was said of an object.
 type told struct {
@@ -52,23 +44,11 @@ type told struct {
 	since map[string]metav1.Condition
 	path  metav1.Time // when the path's state last changed
 	body  string      // of a gateway: all that was said
+	entry string      // of a gateway: what this pod said of itself
 }
 
-// patch is a status to be applied.
-type patch struct {
-	at   client.Object
-	body []byte
-}
-
-// tellers is how many writers there are.
-const tellers = 8
-
-func newTeller(opts Cluster, manager string, log *slog.Logger) *teller {
-	return &teller{
-		opts: opts, manager: manager, log: log, started: time.Now(),
-		told: map[model.Ref]*told{}, pending: map[model.Ref]patch{}, busy: map[model.Ref]bool{},
-		wake: make(chan struct{}, tellers), events: make(chan *eventsv1.Event, 256),
-	}
+func newTeller(opts Cluster, log *slog.Logger) *teller {
+	return &teller{writer: newWriter(opts, log), opts: opts, started: time.Now(), told: map[model.Ref]*told{}}
 }
 
 // Tell implements backing.
@@ -97,17 +77,41 @@ func (c *cluster) Tell(a account) {
 			}
 		}
 	}
+	if a.active != c.working { // another pod has told since, or will
+		if a.active {
+			c.started = now
+		}
+		c.told, c.working = map[model.Ref]*told{}, a.active
+		c.forget(gatewayManager)
+	}
+	if c.own != nil { // first of all: the nodes follow it
+		c.tellGateway(c.own, &a, refused[model.Ref{Kind: model.KindGateway, ID: c.opts.Gateway}], now)
+		c.tellSlices(a.gateway)
+	}
 	for ref, d := range c.ours {
-		c.tell(d, a.judge(d, refused[ref], peers[ref]), now)
+		if s := a.judge(d, refused[ref], peers[ref]); c.working {
+			c.tell(d, s, now)
+		} else {
+			c.tellStandby(d, now)
+		}
 	}
 	for ref := range c.told {
 		if _, there := c.ours[ref]; !there && ref.Kind != model.KindGateway {
 			delete(c.told, ref)
 		}
 	}
-	if c.own != nil {
-		c.tellGateway(c.own, &a, refused[model.Ref{Kind: model.KindGateway, ID: c.opts.Gateway}], now)
+}
+
+// tellStandby says of a Site that there is no path through this pod.
+func (t *teller) tellStandby(d model.Decoded, now time.Time) {
+	ref := d.Ref()
+	if _, site := d.Object.(*v1alpha1.Site); !site || t.told[ref] != nil && t.told[ref].uid == d.Object.GetUID() {
+		return
 	}
+	w := recall(d, t.opts.Pod)
+	t.told[ref] = w
+	s := standing{connected: verdict{false, "Standby", "this pod stands by for the one that works"}}
+	t.queue(ref, d.Object, podManager(t.opts.Pod), map[string]any{"paths": []v1alpha1.SitePath{w.pathNow(t.opts.Pod, s, false, now)}})
 }
 
 // tell says where a Site or Device stands, if that is news.
@@ -131,7 +135,8 @@ func (t *teller) tell(d model.Decoded, s standing, now time.Time) {
 	status := map[string]any{"conditions": s.conditions(true, w.since, now)}
 	switch d.Object.(type) {
 	case *v1alpha1.Site:
-		status["paths"] = []v1alpha1.SitePath{w.pathNow(t.opts.Pod, s, known && was == s.connected.ok, now)}
+		path := w.pathNow(t.opts.Pod, s, known && was == s.connected.ok, now)
+		t.queue(ref, d.Object, podManager(t.opts.Pod), map[string]any{"paths": []v1alpha1.SitePath{path}})
 		if known && was != s.connected.ok || !known && s.connected.ok {
 			t.event(d, s.connected)
 		}
@@ -140,7 +145,7 @@ func (t *teller) tell(d model.Decoded, s standing, now time.Time) {
 			status["endpoint"] = s.endpoint
 		}
 	}
-	t.queue(ref, d.Object, status)
+	t.queue(ref, d.Object, gatewayManager, status)
 }
 
 // recall reads what an earlier process, or another pod, has said.
@@ -193,14 +198,12 @@ func (t *teller) tellGateway(o *v1alpha1.VPNGateway, a *account, refused *model.
 	} else if a.gateway == nil {
 		s.programmed = verdict{false, model.ReasonGatewayNotInForce, "no VPNGateway is in effect"}
 	}
-	t.active = t.active || s.programmed.ok
-	status := map[string]any{
-		"endpoints": []v1alpha1.GatewayEndpoint{{Pod: t.opts.Pod, Node: t.opts.Node, PodIPs: texts(t.opts.PodIPs), HostIPs: texts(t.opts.HostIPs), Active: t.active}},
-		"replicas": []v1alpha1.GatewayReplica{{
-			Name: t.opts.Pod, NodeName: t.opts.Node, MTU: int32(smallest(a.report.MTU)),
-			WireGuardDatapath: a.report.Datapath["wireguard"], IPsecDatapath: a.report.Datapath["ipsec"],
-		}},
+	t.serving = t.working && (t.serving || s.programmed.ok)
+	t.tellEndpoint(o, a, w)
+	if !t.working {
+		return
 	}
+	status := map[string]any{}
 	if a.report.Key != "" {
 		status["publicKey"] = a.report.Key
 	}
@@ -210,8 +213,53 @@ func (t *teller) tellGateway(o *v1alpha1.VPNGateway, a *account, refused *model.
 	}
 	w.body = body
 	status["conditions"] = s.conditions(false, w.since, now)
-	t.queue(ref, o, status)
+	t.queue(ref, o, gatewayManager, status)
 }
+
+// tellEndpoint says where this pod is, and whether the nodes are to send to it. One that
+// cannot say any more that it has stopped is corrected in the same breath, so that never two
+// are named.
+func (t *teller) tellEndpoint(o *v1alpha1.VPNGateway, a *account, w *told) {
+	own := v1alpha1.GatewayEndpoint{Pod: t.opts.Pod, Node: t.opts.Node, PodIPs: texts(t.opts.PodIPs), HostIPs: texts(t.opts.HostIPs), Active: t.serving}
+	endpoints := []any{own}
+	for _, e := range o.Status.Endpoints {
+		if t.serving && e.Active && e.Pod != own.Pod {
+			endpoints = append(endpoints, map[string]any{"pod": e.Pod, "active": false})
+		}
+	}
+	status := map[string]any{
+		"endpoints": endpoints,
+		"replicas": []v1alpha1.GatewayReplica{{
+			Name: t.opts.Pod, NodeName: t.opts.Node, MTU: int32(smallest(a.report.MTU)),
+			WireGuardDatapath: a.report.Datapath["wireguard"], IPsecDatapath: a.report.Datapath["ipsec"],
+		}},
+	}
+	if entry := fmt.Sprint(status); entry != w.entry {
+		w.entry = entry
+		t.queue(model.Ref{Kind: model.KindGateway, ID: t.opts.Gateway}, o, podManager(t.opts.Pod), status)
+	}
+}
+
+// tellSlices leads the Service to this pod, as soon as it serves.
+func (c *cluster) tellSlices(gw *model.Gateway) {
+	if !c.serving || gw == nil || c.service == nil {
+		return
+	}
+	at := workload.GatewayPod{Name: c.opts.Pod, Node: c.opts.Node, IPs: c.opts.PodIPs}
+	for _, s := range workload.EndpointSlices(gw, c.service.UID, at) {
+		if workload.SameEndpoints(s, c.slices[s.Name]) {
+			delete(c.sliced, s.Name)
+			continue
+		}
+		if now := time.Now(); now.Sub(c.sliced[s.Name]) > sliceAgain {
+			c.sliced[s.Name] = now
+			c.queueSlice(s)
+		}
+	}
+}
+
+// sliceAgain is how long an EndpointSlice that was written may take to be seen.
+const sliceAgain = time.Second
 
 func texts(list []netip.Addr) []v1alpha1.IP {
 	out := make([]v1alpha1.IP, 0, len(list))
@@ -229,166 +277,4 @@ func smallest(mtu map[string]int) int {
 		}
 	}
 	return least
-}
-
-// queue has a status written. The object's UID goes with it, so that a later object of the
-// same name never gets it.
-func (t *teller) queue(ref model.Ref, o metav1.Object, status map[string]any) {
-	body, err := json.Marshal(map[string]any{
-		"apiVersion": v1alpha1.GroupVersion.String(), "kind": ref.Kind, "status": status,
-		"metadata": map[string]any{"name": o.GetName(), "namespace": o.GetNamespace(), "uid": o.GetUID()},
-	})
-	if err != nil { // of plain data: it cannot be
-		t.log.Error("status", "object", ref.String(), "error", err)
-		return
-	}
-	meta := metav1.ObjectMeta{Name: o.GetName(), Namespace: o.GetNamespace()}
-	p := patch{body: body}
-	switch ref.Kind {
-	case model.KindGateway:
-		p.at = &v1alpha1.VPNGateway{ObjectMeta: meta}
-	case model.KindSite:
-		p.at = &v1alpha1.Site{ObjectMeta: meta}
-	default:
-		p.at = &v1alpha1.Device{ObjectMeta: meta}
-	}
-	t.mu.Lock()
-	t.put(ref, p)
-	t.mu.Unlock()
-}
-
-func (t *teller) put(ref model.Ref, p patch) {
-	if _, waits := t.pending[ref]; !waits {
-		t.order = append(t.order, ref)
-	}
-	t.pending[ref] = p
-	select {
-	case t.wake <- struct{}{}:
-	default:
-	}
-}
-
-// take returns the status that has waited longest and that nobody is writing.
-func (t *teller) take() (model.Ref, patch, bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	for i, ref := range t.order {
-		if t.busy[ref] {
-			continue
-		}
-		p := t.pending[ref]
-		if i == 0 {
-			t.order = t.order[1:]
-		} else {
-			t.order = slices.Delete(t.order, i, i+1)
-		}
-		delete(t.pending, ref)
-		t.busy[ref] = true
-		return ref, p, true
-	}
-	return model.Ref{}, patch{}, false
-}
-
-// done puts a status that could not be written back, unless there is a newer one.
-func (t *teller) done(ref model.Ref, p patch, again bool) {
-	t.mu.Lock()
-	defer t.mu.Unlock()
-	delete(t.busy, ref)
-	if _, newer := t.pending[ref]; again && !newer {
-		t.put(ref, p)
-	}
-}
-
-// run writes until ctx ends.
-func (t *teller) run(ctx context.Context) {
-	var wg sync.WaitGroup
-	for range tellers {
-		wg.Go(func() { t.write(ctx) })
-	}
-	wg.Go(func() { t.writeEvents(ctx) })
-	wg.Wait()
-}
-
-func (t *teller) write(ctx context.Context) {
-	pause := time.Second
-	for {
-		ref, p, ok := t.take()
-		if !ok {
-			select {
-			case <-ctx.Done():
-				return
-			case <-t.wake:
-			}
-			continue
-		}
-		again, err := t.apply(ctx, p)
-		t.done(ref, p, again)
-		if err == nil {
-			pause = time.Second
-			continue
-		}
-		if ctx.Err() != nil {
-			return
-		}
-		t.log.Warn("cannot write status", "object", ref.String(), "error", err, "again", again)
-		if !again {
-			continue
-		}
-		select {
-		case <-ctx.Done():
-			return
-		case <-time.After(pause):
-		}
-		pause = min(2*pause, 30*time.Second)
-	}
-}
-
-// apply writes one status; again says whether another attempt makes sense.
-func (t *teller) apply(ctx context.Context, p patch) (again bool, err error) {
-	ctx, cancel := context.WithTimeout(ctx, 15*time.Second)
-	defer cancel()
-	err = t.opts.Client.Status().Patch(ctx, p.at, client.RawPatch(types.ApplyPatchType, p.body), client.FieldOwner(t.manager), client.ForceOwnership)
-	switch {
-	case err == nil, apierrors.IsNotFound(err), apierrors.IsConflict(err): // it is gone
-		return false, nil
-	case apierrors.IsInvalid(err), apierrors.IsBadRequest(err):
-		return false, err
-	}
-	return true, err
-}
-
-// event announces that a site came or went.
-func (t *teller) event(d model.Decoded, v verdict) {
-	now := metav1.NowMicro()
-	e := &eventsv1.Event{
-		ObjectMeta: metav1.ObjectMeta{Namespace: d.Object.GetNamespace(), Name: fmt.Sprintf("%s.%x", d.Object.GetName(), now.UnixNano())},
-		EventTime:  now, ReportingController: "culvert.dev/gateway", ReportingInstance: t.opts.Pod,
-		Regarding: corev1.ObjectReference{
-			APIVersion: v1alpha1.GroupVersion.String(), Kind: d.Kind(),
-			Namespace: d.Object.GetNamespace(), Name: d.Object.GetName(), UID: d.Object.GetUID(),
-		},
-		Type: corev1.EventTypeNormal, Action: "Connect", Reason: "Connected", Note: "connected through " + t.opts.Pod,
-	}
-	if !v.ok {
-		e.Type, e.Action, e.Reason, e.Note = corev1.EventTypeWarning, "Disconnect", "Disconnected", clip(reasonOf(v.reason)+": "+v.message)
-	}
-	select {
-	case t.events <- e:
-	default: // an API server that is away: the condition will tell
-	}
-}
-
-func (t *teller) writeEvents(ctx context.Context) {
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case e := <-t.events:
-			ctx, cancel := context.WithTimeout(ctx, 10*time.Second)
-			if err := t.opts.Client.Create(ctx, e); err != nil && ctx.Err() == nil {
-				t.log.Warn("cannot write an event", "object", e.Regarding.Name, "error", err)
-			}
-			cancel()
-		}
-	}
 }

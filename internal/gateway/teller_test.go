@@ -17,11 +17,13 @@ import (
 // The newest status of each object is written, in the order in which they came, and never
 // two of one object at a time.
 func TestTellerWritesTheNewest(t *testing.T) {
-	w := newTeller(Cluster{Pod: "edge-0"}, "m", slog.New(slog.DiscardHandler))
+	w := newTeller(Cluster{Pod: "edge-0"}, slog.New(slog.DiscardHandler))
 	site := func(i int) model.Decoded {
 		return model.Decoded{Object: &v1alpha1.Site{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: fmt.Sprint("s", i), UID: "u"}}}
 	}
-	say := func(i, version int) { w.queue(site(i).Ref(), site(i).Object, map[string]any{"version": version}) }
+	say := func(i, version int) {
+		w.queue(site(i).Ref(), site(i).Object, gatewayManager, map[string]any{"version": version})
+	}
 	say(1, 1)
 	say(2, 1)
 	say(1, 2)
@@ -62,7 +64,7 @@ func version(t *testing.T, p patch) int {
 // A process that begins says nothing of a site that was connected before, until it has had
 // the time to see it again; what comes and goes later is an event each.
 func TestRestartIsNoTransition(t *testing.T) {
-	w := newTeller(Cluster{Pod: "edge-0"}, "m", slog.New(slog.DiscardHandler))
+	w := newTeller(Cluster{Pod: "edge-0"}, slog.New(slog.DiscardHandler))
 	o := &v1alpha1.Site{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "berlin", UID: "u"}}
 	o.Status.Conditions = []metav1.Condition{{Type: v1alpha1.ConditionConnected, Status: metav1.ConditionTrue, Reason: "Connected"}}
 	d := model.Decoded{Object: o}
@@ -72,9 +74,10 @@ func TestRestartIsNoTransition(t *testing.T) {
 	step := func(s standing, after time.Duration, writes bool) {
 		t.Helper()
 		w.tell(d, s, w.started.Add(after))
-		ref, p, wrote := w.take()
-		if wrote {
+		wrote := false
+		for ref, p, ok := w.take(); ok; ref, p, ok = w.take() {
 			w.done(ref, p, false)
+			wrote = true
 		}
 		if wrote != writes {
 			t.Errorf("after %s: written %v, want %v", after, wrote, writes)
