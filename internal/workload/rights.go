@@ -4,6 +4,7 @@ import (
 	"slices"
 
 	corev1 "k8s.io/api/core/v1"
+	discoveryv1 "k8s.io/api/discovery/v1"
 	rbacv1 "k8s.io/api/rbac/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
@@ -18,19 +19,24 @@ func serviceAccount(meta metav1.ObjectMeta) *corev1.ServiceAccount {
 	}
 }
 
-// ownRights let the pods keep what must outlive them: their key, and where their peers
-// were last seen. "create" by name works with server-side apply only.
+// ownRights let the pods keep what must outlive them: their key, where their peers were last
+// seen, which of them works, and that the Service leads there. "create" by name works with
+// server-side apply only.
 func ownRights(gw *model.Gateway, meta metav1.ObjectMeta) []Object {
-	rule := func(resource, name string) rbacv1.PolicyRule {
+	rule := func(group, resource string, names ...string) rbacv1.PolicyRule {
 		return rbacv1.PolicyRule{
-			APIGroups: []string{""}, Resources: []string{resource}, ResourceNames: []string{name}, Verbs: []string{"get", "create", "patch"},
+			APIGroups: []string{group}, Resources: []string{resource}, ResourceNames: names, Verbs: []string{"get", "create", "patch"},
 		}
 	}
+	endpoints := rule("discovery.k8s.io", "endpointslices", SliceName(gw.Name, discoveryv1.AddressTypeIPv4), SliceName(gw.Name, discoveryv1.AddressTypeIPv6))
+	endpoints.Verbs = []string{"create", "patch"}
 	role := &rbacv1.Role{
 		TypeMeta: typeMeta(rbacVersion, "Role"), ObjectMeta: meta,
 		Rules: []rbacv1.PolicyRule{
-			rule("secrets", KeySecret(gw.Name)),
-			rule("configmaps", EndpointsConfigMap(gw.Name)),
+			rule("", "secrets", KeySecret(gw.Name)),
+			rule("", "configmaps", EndpointsConfigMap(gw.Name)),
+			rule("coordination.k8s.io", "leases", GatewayName(gw.Name)),
+			endpoints,
 		},
 	}
 	return []Object{role, roleBinding(meta, subject(gw.ID))}

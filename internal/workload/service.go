@@ -44,10 +44,11 @@ func udpPorts(gw *model.Gateway) []udpPort {
 // A load balancer keeps the peers' addresses (externalTrafficPolicy: Local): the limits for
 // strangers' handshakes are per address. With node ports any node's address leads to the
 // gateway (Cluster): far sides know one node, and the gateway may run on another one.
+//
+// It selects no pods: the one that works puts itself into its EndpointSlices.
 func service(gw *model.Gateway, meta metav1.ObjectMeta) *corev1.Service {
 	s := &corev1.Service{TypeMeta: typeMeta("v1", "Service"), ObjectMeta: meta}
 	s.Annotations = maps.Clone(gw.Expose.Annotations)
-	s.Spec.Selector = selector(gw.ID)
 	s.Spec.IPFamilyPolicy = new(corev1.IPFamilyPolicyPreferDualStack)
 	switch v1alpha1.ExposeType(gw.Expose.Type) {
 	case v1alpha1.ExposeLoadBalancer:
