@@ -254,6 +254,8 @@ type IPsecProposals struct {
 }
 
 // SiteWireGuard is how a site is reached over WireGuard.
+//
+// +kubebuilder:validation:XValidation:rule="!has(self.alternatives) || size(self.alternatives) == 0 || has(self.probe)",message="alternatives need probe, to find out which tunnel carries packets"
 type SiteWireGuard struct {
 	// PublicKey of the site.
 	//
@@ -279,6 +281,78 @@ type SiteWireGuard struct {
 	// +kubebuilder:validation:Minimum=0
 	// +kubebuilder:validation:Maximum=65535
 	PersistentKeepaliveSeconds int32 `json:"persistentKeepaliveSeconds,omitempty"`
+
+	// Probe finds out whether the tunnel carries packets. Needed with alternatives.
+	//
+	// +optional
+	Probe *Probe `json:"probe,omitempty"`
+
+	// Alternatives are further gateways in front of the same site. The gateway holds a tunnel
+	// to each. What it opens goes through one of them: the preferred one while that answers
+	// probes, else the next one that does; what the site opens is answered the way it came.
+	//
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=3
+	Alternatives []WireGuardAlternative `json:"alternatives,omitempty"`
+
+	// Prefer says which tunnel is used while all of them answer. First (the default): the one
+	// of publicKey. EvenOdd: that one when the last byte of probe.localAddress is even, else
+	// the first alternative, so that many clusters spread over two gateways (with more of
+	// them: the remainder of a division by their number).
+	//
+	// +optional
+	Prefer PathPreference `json:"prefer,omitempty"`
+}
+
+// PathPreference says which tunnel to a site is used while several answer.
+//
+// +kubebuilder:validation:Enum=First;EvenOdd
+type PathPreference string
+
+// Which tunnel is preferred.
+const (
+	PreferFirst   PathPreference = "First"
+	PreferEvenOdd PathPreference = "EvenOdd"
+)
+
+// WireGuardAlternative is a further gateway in front of a site.
+type WireGuardAlternative struct {
+	// PublicKey of this gateway; no two have the same one.
+	//
+	// +required
+	PublicKey Key `json:"publicKey"`
+
+	// Endpoint where it is. Absent: it dials in. It must not lie in the site's own ranges.
+	//
+	// +optional
+	Endpoint HostPort `json:"endpoint,omitempty"`
+
+	// PresharedKeySecretRef names a WireGuard pre-shared key.
+	//
+	// +optional
+	PresharedKeySecretRef *SecretKeyReference `json:"presharedKeySecretRef,omitempty"`
+
+	// Probe finds out whether this tunnel carries packets.
+	//
+	// +required
+	Probe Probe `json:"probe"`
+}
+
+// Probe is whom to ask through a tunnel, and as whom. Both addresses are of one family.
+type Probe struct {
+	// Address that answers ICMP echo requests at the far end of the tunnel and is reached
+	// through no other one: most often the far gateway's own tunnel address.
+	//
+	// +required
+	Address IP `json:"address"`
+
+	// LocalAddress is this gateway's own address in the tunnel, as the far gateway allows
+	// it: the address that it gives to this gateway as a Device, or one of the ranges that
+	// it expects from this gateway as a Site.
+	//
+	// +required
+	LocalAddress IP `json:"localAddress"`
 }
 
 // SiteStatus is what was found and done.

@@ -79,6 +79,7 @@ type Gateway struct {
 	good       source.Incumbents
 	facts      plan.Facts
 	names      resolver
+	paths      paths
 	problems   []ProblemReport
 	account    account // what problems are made of, for the backing
 	model      *model.Gateway
@@ -103,7 +104,7 @@ type Gateway struct {
 
 // Run runs a gateway until ctx ends; it then takes down what it made, unless KeepOnStop.
 func Run(ctx context.Context, opts Options) error {
-	g := &Gateway{opts: opts, log: opts.Logger, failed: map[string]string{}, started: time.Now()}
+	g := &Gateway{opts: opts, log: opts.Logger, failed: map[string]string{}, started: time.Now(), paths: paths{changed: make(chan struct{}, 1)}}
 	if g.log == nil {
 		g.log = slog.New(slog.DiscardHandler)
 	}
@@ -257,6 +258,7 @@ func (g *Gateway) loop(ctx context.Context) error {
 	}
 	started := saveTime()
 	g.names.start(ctx)
+	defer g.paths.running.Wait()
 	observe := time.NewTicker(observeEvery)
 	defer observe.Stop()
 	resync := time.NewTicker(resyncEvery)
@@ -277,6 +279,7 @@ func (g *Gateway) loop(ctx context.Context) error {
 		case <-objects:
 		case <-links:
 		case <-g.names.changed:
+		case <-g.paths.changed:
 		case <-resync.C:
 		case <-change.C:
 		}
@@ -321,6 +324,9 @@ func (g *Gateway) reconcile(ctx context.Context) {
 	g.apply(ctx, state)
 	if now, _ := g.backing.Active(); now != active { // the other way round, at once
 		g.nextChange = time.Now()
+	}
+	if g.check("probes", g.paths.set(ctx, gw, active)); !active {
+		g.paths.active = nil
 	}
 	g.check("state", g.backing.Save())
 	if g.failed["sysctls"] != "" || g.opts.IPsecDir != "" && g.failed["ipsec"] != "" {

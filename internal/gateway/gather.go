@@ -84,7 +84,13 @@ func (g *Gateway) plan(ctx context.Context, gw *model.Gateway) (plan.Result, err
 	g.facts.Now = time.Now()
 	g.facts.UnderlayMTU = g.underlayMTU(ctx, gw)
 	g.facts.Resolved = g.names.resolved(endpointNames(gw))
-	return plan.Gateway(gw, g.facts), nil
+	var settled time.Time
+	g.facts.Paths, settled = g.paths.choose(gw, g.facts.Now)
+	out := plan.Gateway(gw, g.facts)
+	if !settled.IsZero() {
+		out.NextChange = earliest(out.NextChange, settled)
+	}
+	return out, nil
 }
 
 // underlayMTU is the smallest MTU on the ways to the peers: of the default route, and of
@@ -99,14 +105,10 @@ func (g *Gateway) underlayMTU(ctx context.Context, gw *model.Gateway) int {
 	}
 	consider(netip.Addr{})
 	for _, s := range gw.Sites {
-		var host string
-		if s.WireGuard != nil {
-			host = s.WireGuard.Endpoint.Host
-		} else {
-			host = s.IPsec.Address
-		}
-		if a, err := netip.ParseAddr(host); err == nil {
-			consider(a)
+		for _, host := range hostsOf(s) {
+			if a, err := netip.ParseAddr(host); err == nil {
+				consider(a)
+			}
 		}
 	}
 	return mtu
@@ -134,12 +136,26 @@ func notReady(r Report) error {
 func endpointNames(gw *model.Gateway) []string {
 	var names []string
 	for _, s := range gw.Sites {
-		if s.WireGuard == nil || s.WireGuard.Endpoint.IsZero() {
+		if s.WireGuard == nil {
 			continue
 		}
-		if _, err := netip.ParseAddr(s.WireGuard.Endpoint.Host); err != nil {
-			names = append(names, s.WireGuard.Endpoint.Host)
+		for _, host := range hostsOf(s) {
+			if _, err := netip.ParseAddr(host); err != nil && host != "" {
+				names = append(names, host)
+			}
 		}
 	}
 	return names
+}
+
+// hostsOf are the addresses and names of a site's far ends; empty ones dial in.
+func hostsOf(s *model.Site) []string {
+	if s.IPsec != nil {
+		return []string{s.IPsec.Address}
+	}
+	var out []string
+	for _, path := range s.WireGuard.Paths() {
+		out = append(out, path.Endpoint.Host)
+	}
+	return out
 }

@@ -4,6 +4,8 @@ import (
 	"strings"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/culvert-vpn/culvert/internal/probe"
 )
 
 // Metrics of a gateway. The wireguard_* names and their labels are those of the widely
@@ -11,6 +13,7 @@ import (
 var (
 	wgLabels   = []string{"interface", "public_key", "allowed_ips", "friendly_name"}
 	peerLabels = []string{"kind", "name", "type"}
+	pathLabels = []string{"name", "interface"}
 
 	wgSent      = prometheus.NewDesc("wireguard_sent_bytes_total", "Bytes sent to the peer.", wgLabels, nil)
 	wgReceived  = prometheus.NewDesc("wireguard_received_bytes_total", "Bytes received from the peer.", wgLabels, nil)
@@ -20,6 +23,11 @@ var (
 	peerSent     = prometheus.NewDesc("culvert_peer_sent_bytes_total", "Bytes sent to the site or device.", peerLabels, nil)
 	peerReceived = prometheus.NewDesc("culvert_peer_received_bytes_total", "Bytes received from the site or device.", peerLabels, nil)
 	peerSince    = prometheus.NewDesc("culvert_peer_established_seconds", "Unix time of the last handshake or of the SA; 0: never.", peerLabels, nil)
+
+	pathUp     = prometheus.NewDesc("culvert_path_up", "1 when probes through the tunnel are answered, else 0.", pathLabels, nil)
+	pathActive = prometheus.NewDesc("culvert_path_active", "1 when what is opened towards the site goes through the tunnel, else 0.", pathLabels, nil)
+	pathRTT    = prometheus.NewDesc("culvert_path_rtt_seconds", "Round trip of the last probe that was answered; 0: none yet.", pathLabels, nil)
+	pathLost   = prometheus.NewDesc("culvert_path_lost_probes_total", "Probes through the tunnel that were not answered (yet).", pathLabels, nil)
 
 	problemCount = prometheus.NewDesc("culvert_problems", "Objects, or parts of objects, that are not in effect.", nil, nil)
 	stepFailed   = prometheus.NewDesc("culvert_apply_failed", "1 for every step of the configuration that could not be applied.", []string{"step"}, nil)
@@ -32,7 +40,7 @@ type collector struct{ g *Gateway }
 
 // Describe implements prometheus.Collector.
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{wgSent, wgReceived, wgHandshake, peerUp, peerSent, peerReceived, peerSince, problemCount, stepFailed, dropCount, portCount} {
+	for _, d := range []*prometheus.Desc{wgSent, wgReceived, wgHandshake, peerUp, peerSent, peerReceived, peerSince, pathUp, pathActive, pathRTT, pathLost, problemCount, stepFailed, dropCount, portCount} {
 		ch <- d
 	}
 }
@@ -61,20 +69,34 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	}
 }
 
+// is makes a number of a fact.
+func is(b bool) float64 {
+	if b {
+		return 1
+	}
+	return 0
+}
+
 func collectPeer(ch chan<- prometheus.Metric, kind string, p PeerReport) {
 	labels := []string{kind, p.Name, p.Type}
-	since, up := 0.0, 0.0
+	since, up := 0.0, is(p.Connected)
 	if !p.Since.IsZero() {
 		since = float64(p.Since.Unix())
-	}
-	if p.Connected {
-		up = 1
 	}
 	counter := func(d *prometheus.Desc, v uint64, labels ...string) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), labels...)
 	}
 	ch <- prometheus.MustNewConstMetric(peerUp, prometheus.GaugeValue, up, labels...)
 	ch <- prometheus.MustNewConstMetric(peerSince, prometheus.GaugeValue, since, labels...)
+	for _, x := range p.Paths {
+		gauge := func(d *prometheus.Desc, v float64) {
+			ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, p.Name, x.Link)
+		}
+		gauge(pathUp, is(x.Health == probe.Up.String()))
+		gauge(pathActive, is(x.Active))
+		gauge(pathRTT, x.RTT.Seconds())
+		counter(pathLost, x.Lost, p.Name, x.Link)
+	}
 	counter(peerSent, p.SentBytes, labels...)
 	counter(peerReceived, p.ReceivedBytes, labels...)
 	if p.Type != "wireguard" || p.Link == "" {

@@ -122,10 +122,13 @@ func (g *Gateway) peerReports(seen observed, now time.Time) (sites, devices []Pe
 	}
 	for _, s := range g.model.Sites {
 		p := PeerReport{Name: s.ID.String(), Addresses: s.CIDRs, Access: s.Access.String()}
-		if s.WireGuard != nil {
-			p.fromWireGuard(s.WireGuard.PublicKey, seen.wireguard, now)
-		} else {
+		switch {
+		case s.WireGuard == nil:
 			p.fromIPsec(seen.ipsec[plan.ConnectionName(s.ID)])
+		case !s.WireGuard.Probe.IsZero():
+			p.fromPaths(g, s, seen, now)
+		default:
+			p.fromWireGuard(s.WireGuard.PublicKey, seen.wireguard, now)
 		}
 		p.waits(g.planned.Waiting[plan.SiteName(s.ID)])
 		sites = append(sites, p)

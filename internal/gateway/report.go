@@ -42,8 +42,10 @@ type PeerReport struct {
 	Since         time.Time `json:"since,omitzero"`
 	ReceivedBytes uint64    `json:"receivedBytes"`
 	SentBytes     uint64    `json:"sentBytes"`
-	Reason        string    `json:"reason,omitempty"`  // why it is not connected
-	Message       string    `json:"message,omitempty"` // in one line, with what to do
+	// Paths are the tunnels of a site that has several, or one that is probed.
+	Paths   []PathReport `json:"paths,omitempty"`
+	Reason  string       `json:"reason,omitempty"`  // why it is not connected
+	Message string       `json:"message,omitempty"` // in one line, with what to do
 }
 
 // ProblemReport is an object, or a part of one, that is not in effect.

@@ -24,6 +24,7 @@ type standing struct {
 	programmed verdict
 	connected  verdict // a gateway has none
 	endpoint   string  // where the peer is
+	paths      string  // which of several tunnels to it are up, and which one is used
 }
 
 // judge says where a Site or Device of the gateway stands. Refused is the first problem
@@ -34,7 +35,7 @@ func (a *account) judge(d model.Decoded, refused *model.Problem, peer *PeerRepor
 	case peer == nil:
 		s.connected = verdict{false, "NotProgrammed", "the gateway does not know it: see condition Programmed"}
 	case peer.Connected:
-		s.endpoint = peer.Endpoint
+		s.endpoint, s.paths = peer.Endpoint, pathsMessage(peer.Paths)
 		s.connected = verdict{true, "Connected", "since " + peer.Since.UTC().Format(time.RFC3339)}
 		if peer.Type == "wireguard" {
 			s.connected.message = "handshake at " + peer.Since.UTC().Format(time.RFC3339)
@@ -95,7 +96,7 @@ func oneLine(s string) string { return strings.ReplaceAll(s, "\n", "; ") }
 // minute.
 func (s standing) news(was standing, at, now time.Time) bool {
 	if s.generation != was.generation || s.programmed != was.programmed ||
-		s.connected.ok != was.connected.ok || s.connected.reason != was.connected.reason {
+		s.connected.ok != was.connected.ok || s.connected.reason != was.connected.reason || s.paths != was.paths {
 		return true
 	}
 	return !s.connected.ok && s.connected.message != was.connected.message && now.Sub(at) > time.Minute

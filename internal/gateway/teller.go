@@ -178,7 +178,7 @@ func (w *told) pathNow(pod string, s standing, unchanged bool, now time.Time) v1
 	at := w.path
 	p := v1alpha1.SitePath{Replica: pod, State: v1alpha1.PathDown, Endpoint: s.endpoint, LastTransitionTime: &at, Message: clip(s.connected.message)}
 	if s.connected.ok {
-		p.State, p.Message = v1alpha1.PathUp, ""
+		p.State, p.Message = v1alpha1.PathUp, s.paths
 	}
 	return p
 }

@@ -151,6 +151,9 @@ func (d Decoded) Secrets() []Ref {
 	case *v1alpha1.Site:
 		if o.Spec.WireGuard != nil {
 			key(o.Spec.WireGuard.PresharedKeySecretRef)
+			for i := range o.Spec.WireGuard.Alternatives {
+				key(o.Spec.WireGuard.Alternatives[i].PresharedKeySecretRef)
+			}
 		}
 		if o.Spec.IPsec != nil {
 			key(o.Spec.IPsec.Auth.PresharedKeySecretRef)

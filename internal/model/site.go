@@ -52,7 +52,7 @@ func (p *parser) site(e entry) {
 	}
 	p.checkRanges(r, a, o)
 	if s.WireGuard != nil {
-		a.checkKey(r, "spec.wireguard.publicKey", s.WireGuard.PublicKey)
+		a.checkPaths(r, s)
 	}
 	if s.IPsec != nil {
 		a.checkIdentity(r, s.IPsec)
@@ -65,7 +65,7 @@ func (p *parser) site(e entry) {
 		a.ranges.add(c, name)
 	}
 	if s.WireGuard != nil {
-		a.keys[s.WireGuard.PublicKey] = name
+		a.takePaths(s, name)
 	}
 	if s.IPsec != nil {
 		a.identities[identityKey(s.IPsec)] = name
@@ -135,6 +135,7 @@ func (p *parser) wireGuardSite(r *report, s *Site, w *v1alpha1.SiteWireGuard) *W
 		notInside(r, "spec.wireguard.endpoint", e.Host, s.CIDRs)
 		out.Endpoint = e
 	}
+	p.alternatives(r, s, out, w)
 	return out
 }
 

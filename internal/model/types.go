@@ -113,7 +113,34 @@ type WireGuardSite struct {
 	PresharedKey               secret.Bytes // zero: none
 	Endpoint                   Endpoint     // zero: it dials in
 	PersistentKeepaliveSeconds uint16
+	// Probe finds out whether the tunnel carries packets; zero: nobody asks.
+	Probe Probe
+	// Alternatives are further gateways in front of the site, at most netstate.MostPaths - 1;
+	// with any, every path has a Probe, with an address of its own.
+	Alternatives []WireGuardPath
+	// Preferred is the index of the path that is used while all carry packets: 0 is the one
+	// above, the alternatives follow.
+	Preferred int
 }
+
+// WireGuardPath is one of several tunnels to a site.
+type WireGuardPath struct {
+	PublicKey    netstate.Key
+	PresharedKey secret.Bytes // zero: none
+	Endpoint     Endpoint     // zero: it dials in
+	Probe        Probe
+}
+
+// Paths are all tunnels to the site, at least one.
+func (w *WireGuardSite) Paths() []WireGuardPath {
+	return append([]WireGuardPath{{w.PublicKey, w.PresharedKey, w.Endpoint, w.Probe}}, w.Alternatives...)
+}
+
+// Probe is whom to ask through a tunnel, and as whom: two addresses of one family.
+type Probe struct{ Address, Local netip.Addr }
+
+// IsZero reports whether there is no probe.
+func (p Probe) IsZero() bool { return p == Probe{} }
 
 // Endpoint is a UDP endpoint whose host may be a DNS name.
 type Endpoint struct {

@@ -88,7 +88,7 @@ func (s *State) Sort() {
 		slices.SortFunc(s.IPsec.Connections, func(a, b IPsecConnection) int { return cmp.Compare(a.Name, b.Name) })
 	}
 	slices.SortFunc(s.Rules, func(a, b Rule) int {
-		return cmp.Or(cmp.Compare(a.Family, b.Family), cmp.Compare(a.Priority, b.Priority))
+		return cmp.Or(cmp.Compare(a.Family, b.Family), cmp.Compare(a.Priority, b.Priority), cmp.Compare(a.Mark, b.Mark))
 	})
 	slices.SortFunc(s.Routes, func(a, b Route) int {
 		return cmp.Or(cmp.Compare(a.Table, b.Table), ComparePrefixes(a.Destination, b.Destination),
@@ -104,6 +104,7 @@ func (s *State) Sort() {
 		slices.SortFunc(f.Pools[i].Prefixes, ComparePrefixes)
 	}
 	slices.SortFunc(f.Clamps, func(a, b Clamp) int { return cmp.Compare(a.Link, b.Link) })
+	slices.SortFunc(f.Pins, func(a, b Pin) int { return cmp.Compare(a.Link, b.Link) })
 	f.NodeLink.sort()
 	s.Guard.sort()
 	for _, l := range [][]netip.Prefix{f.Pods, f.Services, f.Nodes, f.Unmasqueraded, s.Services.Ranges, s.Services.Pods} {
@@ -256,6 +257,9 @@ func (f Firewall) lines() []string {
 	out = append(out, f.NodeLink.lines()...)
 	for _, c := range f.Clamps {
 		out = append(out, fmt.Sprintf("firewall clamp %s mss %d/%d", c.Link, c.MSS4, c.MSS6))
+	}
+	for _, p := range f.Pins {
+		out = append(out, fmt.Sprintf("firewall pin %s mark %#x", p.Link, p.Mark))
 	}
 	for _, p := range f.Pools {
 		out = append(out, fmt.Sprintf("firewall pool %s%s", p.Link, list(" ", p.Prefixes)))

@@ -25,6 +25,7 @@ const Table = 19600
 const (
 	RulePriorityOuter  = 19600 // encapsulated packets (MarkOuter): main
 	RulePriorityProxy  = 19601 // relayed packets (MarkProxy): local delivery
+	RulePriorityPath   = 19601 // pinned packets (MarkPath): the path's table
 	RulePriorityTunnel = 19602 // everything else: Table
 )
 
@@ -46,9 +47,10 @@ const ProxyTable = 19601
 const RelayPort = 19605
 
 // Marks set on packets and sockets. Mark bits outside MarkMask are never touched. Connection
-// marks (ct mark) are not used, but for one thing: the mark of a connection from Sources to
+// marks (ct mark) are used for two things: the mark of a connection from Sources to
 // a translated service is 0 right after its first packet was translated (prerouting, after
-// priority -100); one that it was given before that is lost.
+// priority -100), and one that it was given before that is lost; and connections through
+// links with Pins have the pin's mark in the bits of MarkMask.
 const (
 	MarkMask  = 0x00ff0000
 	MarkOuter = 0x00c10000 // our own encapsulated packets
@@ -276,6 +278,7 @@ type Firewall struct {
 	Masquerade bool
 	Clamps     []Clamp
 	NodeLink   *NodeLink // nil: no node link ends here
+	Pins       []Pin     // of links that are paths to the same sites
 	// Unmasqueraded are ranges whose packets, from and to, keep their addresses, whatever
 	// translation of sources others have set up on the host.
 	Unmasqueraded []netip.Prefix

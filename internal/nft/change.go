@@ -22,7 +22,7 @@ func nextFirewall(last *part, f netstate.Firewall) (*part, error) {
 
 func sameApartFromTunnels(a, b netstate.Firewall) bool {
 	return a.Masquerade == b.Masquerade && slices.Equal(a.Pods, b.Pods) && slices.Equal(a.Services, b.Services) &&
-		slices.Equal(a.Nodes, b.Nodes) && slices.Equal(a.Clamps, b.Clamps) &&
+		slices.Equal(a.Nodes, b.Nodes) && slices.Equal(a.Clamps, b.Clamps) && slices.Equal(a.Pins, b.Pins) &&
 		slices.Equal(a.Unmasqueraded, b.Unmasqueraded) && sameNodeLink(a.NodeLink, b.NodeLink) &&
 		slices.EqualFunc(a.Pools, b.Pools, func(a, b netstate.Pool) bool {
 			return a.Link == b.Link && slices.Equal(a.Prefixes, b.Prefixes)

@@ -148,6 +148,10 @@ func (r *firewallSets) hostChain(suffix string, a netstate.Access) {
 		verdict = "accept"
 	}
 	rules := append(with(translated, verdict), each("{echo} accept")...)
+	if a&netstate.AccessServices != 0 {
+		// A service's address that is the host's own, with no such port: svc_unserved rejects.
+		rules = append(rules, each("{ip} daddr @svc_nets{n} accept", "{ip} daddr @svc_hosts{n} accept")...)
+	}
 	if a&netstate.AccessNodes != 0 {
 		rules = append(rules, each("{ip} daddr @fw_nodes{n} accept")...)
 	}

@@ -3,6 +3,7 @@ package nft
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"strings"
 
 	"github.com/culvert-vpn/culvert/internal/netstate"
@@ -82,7 +83,9 @@ func servicesChains(p *part, mode netstate.ServicesMode) {
 	p.baseUnlessEmpty("translating", "nat", "prerouting", priorityTranslate, translate)
 	p.baseUnlessEmpty("unmark", "filter", "prerouting", priorityUnmark, unmark)
 	p.baseUnlessEmpty("rejecting", "filter", "prerouting", priorityUnserved, unserved)
-	p.chain("unserved", each("{ip} daddr @fw_pods{n} accept", "{ip} daddr @svc_nets{n} goto svc_reject", "{ip} daddr @svc_hosts{n} goto svc_reject", "{ip} daddr @fw_services{n} goto svc_reject")...)
+	p.chain("unserved", slices.Concat(
+		each("{ip} daddr @fw_pods{n} accept"), []string{"ct direction reply accept"}, // the host's own: probes
+		each("{ip} daddr @svc_nets{n} goto svc_reject", "{ip} daddr @svc_hosts{n} goto svc_reject", "{ip} daddr @fw_services{n} goto svc_reject"))...)
 	p.chain("reject", "counter name rejected", "meta l4proto tcp reject with tcp reset", "reject with icmpx port-unreachable")
 	p.baseUnlessEmpty("masquerade", "nat", "postrouting", priorityMasque, masq)
 }

@@ -41,6 +41,7 @@ func renderFirewall(f netstate.Firewall) (*part, error) {
 	fillNets(p, "fw_services", f.Services)
 	fillNets(p, "fw_nodes", f.Nodes)
 	r.nodeLink(f.NodeLink)
+	r.pins(f.Pins)
 	r.keep(f.Unmasqueraded)
 	r.finish()
 	return p, r.err

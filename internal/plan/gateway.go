@@ -60,6 +60,9 @@ type Facts struct {
 	Addresses map[model.ID][]netip.Addr
 	// DeviceKeys are the public keys of devices whose key pair was made here.
 	DeviceKeys map[model.ID]netstate.Key
+	// Paths is what probes say of sites with several paths; for one that is not there, the
+	// preferred path is taken to work.
+	Paths map[model.ID]PathFacts
 
 	// Nodes are those of the cluster that the gateway is a pod of, by name, NodeName the one
 	// that it runs on, and PodIPs its own addresses, at most one per family. All empty: it
@@ -90,6 +93,7 @@ type planner struct {
 	facts Facts
 	out   Result
 	wg    netstate.WireGuard
+	paths []pathDevice // by index of the path
 }
 
 // Gateway plans one gateway host.
@@ -105,6 +109,7 @@ func Gateway(gw *model.Gateway, facts Facts) Result {
 		p.device(d)
 	}
 	p.devicePools()
+	p.finishPaths()
 	p.finishWireGuard()
 	p.services()
 	p.nodeLink()
@@ -153,11 +158,18 @@ func (p *planner) finishWireGuard() {
 	for _, a := range GatewayAddresses(p.gw) {
 		link.Addresses = append(link.Addresses, host(a))
 	}
+	if len(p.paths) > 0 {
+		link.Addresses = append(link.Addresses, p.paths[0].addresses...)
+	}
 	p.out.State.Links = append(p.out.State.Links, link)
-	p.out.State.WireGuard = []netstate.WireGuard{p.wg}
+	p.out.State.WireGuard = append(p.out.State.WireGuard, p.wg)
 }
 
 func (p *planner) site(s *model.Site) {
+	if s.WireGuard != nil && !s.WireGuard.Probe.IsZero() {
+		p.pathSite(s)
+		return
+	}
 	link := WireGuardLink
 	if s.IPsec != nil {
 		link = p.ipsecSite(s)
@@ -182,16 +194,22 @@ func (p *planner) wireGuardSite(s *model.Site) {
 		PersistentKeepaliveSeconds: w.PersistentKeepaliveSeconds,
 		AllowedIPs:                 slices.Clone(s.CIDRs),
 	}
-	if w.Endpoint.IsZero() {
-		peer.Endpoint = p.facts.Endpoints[w.PublicKey]
-	} else if a, ok := p.resolve(w.Endpoint.Host); ok {
-		peer.Endpoint = netip.AddrPortFrom(a, w.Endpoint.Port)
-	} else {
-		p.out.Waiting[SiteName(s.ID)] = fmt.Sprintf("spec.wireguard.endpoint: %q has no address (yet): check the name in DNS", w.Endpoint.Host)
-		peer.Endpoint = p.facts.Endpoints[w.PublicKey]
-	}
+	peer.Endpoint = p.endpoint(s.ID, w.Paths()[0], "spec.wireguard")
 	peer.Initiate = peer.Endpoint.IsValid()
 	p.wg.Peers = append(p.wg.Peers, peer)
+}
+
+// endpoint is where to reach the far end of a path, whose field is named in what is said
+// when its name has no address.
+func (p *planner) endpoint(site model.ID, path model.WireGuardPath, field string) netip.AddrPort {
+	if path.Endpoint.IsZero() {
+		return p.facts.Endpoints[path.PublicKey]
+	}
+	if a, ok := p.resolve(path.Endpoint.Host); ok {
+		return netip.AddrPortFrom(a, path.Endpoint.Port)
+	}
+	p.out.Waiting[SiteName(site)] = fmt.Sprintf("%s.endpoint: %q has no address (yet): check the name in DNS", field, path.Endpoint.Host)
+	return p.facts.Endpoints[path.PublicKey]
 }
 
 func (p *planner) resolve(host string) (netip.Addr, bool) {
@@ -259,8 +277,17 @@ func (p *planner) devicePools() {
 
 // route sends a range into a link, and nowhere at all when the link is gone.
 func (p *planner) route(dst netip.Prefix, link string) {
+	p.unicast(dst, link, netstate.Table)
+	p.unreachable(dst)
+}
+
+func (p *planner) unicast(dst netip.Prefix, link string, table int) {
 	p.out.State.Routes = append(p.out.State.Routes,
-		netstate.Route{Destination: dst, Kind: netstate.RouteUnicast, Link: link, Metric: netstate.MetricTunnel, Table: netstate.Table},
+		netstate.Route{Destination: dst, Kind: netstate.RouteUnicast, Link: link, Metric: netstate.MetricTunnel, Table: table})
+}
+
+func (p *planner) unreachable(dst netip.Prefix) {
+	p.out.State.Routes = append(p.out.State.Routes,
 		netstate.Route{Destination: dst, Kind: netstate.RouteUnreachable, Metric: netstate.MetricUnreachable, Table: netstate.Table})
 }
 
@@ -309,6 +336,7 @@ func (p *planner) rules() {
 		s.Rules = append(s.Rules,
 			netstate.Rule{Family: f, Priority: netstate.RulePriorityOuter, Mark: netstate.MarkOuter, MarkMask: netstate.MarkMask, Table: mainTable},
 			netstate.Rule{Family: f, Priority: netstate.RulePriorityTunnel, Table: netstate.Table})
+		p.pathRules(f)
 		if relayed {
 			s.Rules = append(s.Rules, netstate.Rule{Family: f, Priority: netstate.RulePriorityProxy, Mark: netstate.MarkProxy, MarkMask: netstate.MarkMask, Table: netstate.ProxyTable})
 			s.Routes = append(s.Routes, netstate.Route{Destination: everything(f), Kind: netstate.RouteLocal, Link: "lo", Table: netstate.ProxyTable})

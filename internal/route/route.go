@@ -35,7 +35,7 @@ const requestTimeout = 10 * time.Second
 // Options say what belongs to a Route. The zero value is right for gateways and nodes.
 type Options struct {
 	// Tables are the routing tables whose routes with our protocol number are ours. Nil:
-	// netstate.Table, ProxyTable, NodeTable, EncryptionTable and ForwardedTable.
+	// netstate.Table, ProxyTable, NodeTable, EncryptionTable, ForwardedTable and those of paths.
 	Tables []int
 	// MinPriority and MaxPriority enclose the priorities of our rules. Both zero: 19600
 	// to 19699.
@@ -65,6 +65,9 @@ type Route struct {
 func New(o Options) (*Route, error) {
 	if o.Tables == nil {
 		o.Tables = []int{netstate.Table, netstate.ProxyTable, netstate.NodeTable, netstate.EncryptionTable, netstate.ForwardedTable}
+		for i := range netstate.MostPaths {
+			o.Tables = append(o.Tables, netstate.PathTable+i)
+		}
 	}
 	if o.MinPriority == 0 && o.MaxPriority == 0 {
 		o.MinPriority, o.MaxPriority = netstate.RulePriorityOuter, netstate.RulePriorityOuter+99
