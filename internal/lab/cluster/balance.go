@@ -110,6 +110,9 @@ func (b *Balancer) claim(ctx context.Context) error {
 
 func (b *Balancer) release() error {
 	errs := []error{nft(context.Background(), b.cluster.Router, b.clear())}
+	for _, n := range b.cluster.Nodes { // the next balancer has these addresses, and other node ports
+		b.endFlows(context.Background(), n)
+	}
 	for _, a := range b.Addresses {
 		errs = append(errs, b.cluster.Router.IP("address", "delete", netip.PrefixFrom(a, a.BitLen()).String(), "dev", "out0"))
 	}

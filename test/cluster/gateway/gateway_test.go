@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -93,10 +92,10 @@ secrets {
 // scene is a cluster with a gateway, a site and a device, all connected.
 type scene struct {
 	*clustertest.Cluster
-	t            *testing.T
-	site, phone  *lab.Host
-	pods         []string // the servers' addresses, one per node
-	plugin, link string
+	t           *testing.T
+	site, phone *lab.Host
+	pods        []string // the servers' addresses, one per node
+	link        string
 }
 
 // TestGatewayPod is the life of a gateway pod: each step works on what the one before left.
@@ -227,49 +226,17 @@ func (s *scene) connected(object string, timeout time.Duration) {
 // reaches waits until a datagram comes back.
 func (s *scene) reaches(h *lab.Host, source, to string, timeout time.Duration) {
 	s.t.Helper()
-	p := watch(s.t, h, source, to, 100*time.Millisecond)
-	defer p.end()
-	labtest.Eventually(s.t, timeout, p.what, func() error {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		for i := range p.back {
-			if !p.back[i].IsZero() {
-				return nil
-			}
-		}
-		return fmt.Errorf("nothing of %d datagrams came back", len(p.sent))
-	})
-}
-
-// culvert runs "kubectl culvert".
-func (s *scene) culvert(args ...string) string {
-	s.t.Helper()
-	if s.plugin == "" {
-		s.plugin = filepath.Join(s.t.TempDir(), "kubectl-culvert")
-		build := exec.Command("go", "build", "-o", s.plugin, "../../../cmd/culvert") //nolint:noctx // as long as it takes
-		build.Env = append(os.Environ(), "CGO_ENABLED=0")
-		if out, err := build.CombinedOutput(); err != nil {
-			s.t.Fatalf("build culvert: %v\n%s", err, out)
-		}
-	}
-	ctx, cancel := context.WithTimeout(context.Background(), 60*time.Second)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, s.plugin, args...)
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+s.Kubeconfig())
-	out, err := cmd.Output()
-	if err != nil {
-		s.t.Fatalf("kubectl culvert %s: %v\n%s", strings.Join(args, " "), err, out)
-	}
-	return string(out)
+	p := clustertest.Watch(s.t, h, source, to, 100*time.Millisecond)
+	p.AwaitAny(timeout)
 }
 
 // connectPhone adds a device as a person does, and gives a stock WireGuard what "kubectl
 // culvert device config" prints.
 func (s *scene) connectPhone() {
 	s.t.Helper()
-	s.culvert("device", "add", "phone", "--namespace", namespace)
+	s.Culvert("device", "add", "phone", "--namespace", namespace)
 	s.ready("device/phone", 20*time.Second)
-	config := s.culvert("device", "config", "phone", "--namespace", namespace)
+	config := s.Culvert("device", "config", "phone", "--namespace", namespace)
 	s.phone, s.link = s.OutsideHost("phone", "198.18.7.2/15"), fmt.Sprintf("gw%d", os.Getpid()%1000000)
 	background(s.t, s.phone, "wireguard-go", "--foreground", s.link)
 	socket := filepath.Join("/var/run/wireguard", s.link+".sock")
@@ -326,9 +293,9 @@ func (s *scene) culvertKilled() {
 	t := s.t
 	before := s.identity()
 	_, node, uid := s.pod()
-	up := watch(t, s.site, siteInner, s.pods[0]+":8081", 10*time.Millisecond)
-	up2 := watch(t, s.site, siteInner, s.pods[1]+":8081", 10*time.Millisecond)
-	phone := watch(t, s.phone, s.address(), s.pods[0]+":8081", 50*time.Millisecond)
+	up := clustertest.Watch(t, s.site, siteInner, s.pods[0]+":8081", 10*time.Millisecond)
+	up2 := clustertest.Watch(t, s.site, siteInner, s.pods[1]+":8081", 10*time.Millisecond)
+	phone := clustertest.Watch(t, s.phone, s.address(), s.pods[0]+":8081", 50*time.Millisecond)
 	time.Sleep(time.Second)
 	event := time.Now()
 	for i, n := range s.Nodes {
@@ -347,10 +314,10 @@ func (s *scene) culvertKilled() {
 		}
 		return nil
 	})
-	t.Logf("the phone is back %s after the kill", phone.awaitBack(event, 15*time.Second).Round(10*time.Millisecond))
+	t.Logf("the phone is back %s after the kill", phone.AwaitBack(event, 15*time.Second).Round(10*time.Millisecond))
 	time.Sleep(time.Second)
-	up.unharmed()
-	up2.unharmed()
+	up.Unharmed()
+	up2.Unharmed()
 	if after := s.identity(); after != before {
 		t.Errorf("key and address are %s, were %s", after, before)
 	}
@@ -361,13 +328,13 @@ func (s *scene) podDeleted() {
 	t := s.t
 	before := s.identity()
 	name, _, _ := s.pod()
-	site := watch(t, s.site, siteInner, s.pods[1]+":8081", 50*time.Millisecond)
-	phone := watch(t, s.phone, s.address(), s.pods[0]+":8081", 50*time.Millisecond)
+	site := clustertest.Watch(t, s.site, siteInner, s.pods[1]+":8081", 50*time.Millisecond)
+	phone := clustertest.Watch(t, s.phone, s.address(), s.pods[0]+":8081", 50*time.Millisecond)
 	time.Sleep(time.Second)
 	event := time.Now()
 	s.Kubectl("-n", namespace, "delete", "pod", name, "--wait=false")
-	wg := phone.awaitBack(event, 60*time.Second)
-	ipsec := site.awaitBack(event, 60*time.Second)
+	wg := phone.AwaitBack(event, 60*time.Second)
+	ipsec := site.AwaitBack(event, 60*time.Second)
 	t.Logf("the phone is back %s after the deletion, the site %s", wg.Round(10*time.Millisecond), ipsec.Round(10*time.Millisecond))
 	// The node port hides where the phone is, so it must find out by itself: after 15 s.
 	if wg > 20*time.Second || ipsec > 15*time.Second {
@@ -382,8 +349,8 @@ func (s *scene) podDeleted() {
 func (s *scene) serverAway() {
 	t := s.t
 	s.connected("site/berlin", 30*time.Second)
-	site := watch(t, s.site, siteInner, s.pods[0]+":8081", 20*time.Millisecond)
-	phone := watch(t, s.phone, s.address(), s.pods[1]+":8081", 20*time.Millisecond)
+	site := clustertest.Watch(t, s.site, siteInner, s.pods[0]+":8081", 20*time.Millisecond)
+	phone := clustertest.Watch(t, s.phone, s.address(), s.pods[1]+":8081", 20*time.Millisecond)
 	if err := s.StopProgram("control", "kube-apiserver"); err != nil {
 		t.Fatal(err)
 	}
@@ -399,6 +366,6 @@ func (s *scene) serverAway() {
 	s.Apply("apiVersion: culvert.dev/v1alpha1\nkind: Device\nmetadata: {name: late, namespace: vpn}\nspec: {gatewayRef: {name: edge}}\n")
 	s.ready("device/late", 90*time.Second) // the operator has lost its Lease meanwhile
 	t.Logf("a new device is Ready %s after it was added", time.Since(start).Round(10*time.Millisecond))
-	site.unharmed()
-	phone.unharmed()
+	site.Unharmed()
+	phone.Unharmed()
 }

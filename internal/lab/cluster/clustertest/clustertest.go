@@ -19,6 +19,8 @@ import (
 type Cluster struct {
 	*cluster.Cluster
 	t testing.TB
+	// ends: the cluster ends with t, so that what is in it need not be removed before.
+	ends bool
 }
 
 // Start starts a cluster for one test, with a name of its own, and removes it at the
@@ -63,7 +65,7 @@ func Start(t testing.TB, o cluster.Options) *Cluster {
 			t.Errorf("remove the cluster: %v", err)
 		}
 	})
-	return &Cluster{Cluster: c, t: t}
+	return &Cluster{Cluster: c, t: t, ends: !o.Keep}
 }
 
 // In returns the same cluster for a subtest: errors end it, and what is made for it goes
@@ -118,7 +120,8 @@ func (c *Cluster) Apply(manifests string) {
 	}
 }
 
-// Namespace makes a Kubernetes namespace that is deleted at the test's end. One that an
+// Namespace makes a Kubernetes namespace that is deleted at the test's end, or goes with the
+// cluster. One that an
 // earlier test left to be deleted is waited for.
 func (c *Cluster) Namespace(name string) {
 	c.t.Helper()
@@ -126,6 +129,9 @@ func (c *Cluster) Namespace(name string) {
 		c.Kubectl("wait", "--for=delete", "namespace/"+name, "--timeout=100s")
 	}
 	c.Apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: " + name + "}\n")
+	if c.ends {
+		return
+	}
 	c.t.Cleanup(func() {
 		if out, err := c.TryKubectl("delete", "namespace", name, "--wait=false", "--ignore-not-found"); err != nil {
 			c.t.Errorf("%v: %s", err, out)

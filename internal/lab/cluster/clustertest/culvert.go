@@ -74,11 +74,13 @@ func (c *Cluster) Chart() string {
 
 // Install loads Culvert's image into the nodes and installs the chart with further
 // arguments of helm ("--set", "--values" …). At the test's end it is uninstalled, and
-// its CRDs, with all objects, are removed.
+// its CRDs, with all objects, are removed, unless the cluster ends then too.
 func (c *Cluster) Install(args ...string) {
 	c.t.Helper()
 	c.LoadCulvert()
-	c.t.Cleanup(c.remove)
+	if !c.ends {
+		c.t.Cleanup(c.remove)
+	}
 	c.Helm(append([]string{"install", Release, c.Chart(), "--namespace", System, "--create-namespace", "--wait", "--timeout=2m"}, c.image(args)...)...)
 }
 
@@ -151,4 +153,51 @@ func (c *Cluster) TryHelm(args ...string) (string, error) {
 		return string(out), fmt.Errorf("helm %s: %w: %s", strings.Join(args, " "), err, out)
 	}
 	return string(out), nil
+}
+
+// plugin makes the program culvert kubectl's plug-in and returns the directory that it is
+// in: the program beside the image, built if there is none.
+var plugin = sync.OnceValues(func() (directory string, err error) {
+	archive, err := built()
+	if err != nil {
+		return "", err
+	}
+	directory = filepath.Join(filepath.Dir(archive), "bin")
+	program := filepath.Join(directory, "culvert")
+	if _, err := os.Stat(program); err != nil {
+		dir, err := root()
+		if err != nil {
+			return "", err
+		}
+		build := exec.Command("go", "build", "-o", program, "./cmd/culvert") //nolint:noctx // as long as it takes
+		build.Dir, build.Env = dir, append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := build.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("build culvert: %w: %s", err, out)
+		}
+	}
+	link := filepath.Join(directory, "kubectl-culvert")
+	if err := os.Symlink("culvert", link); err != nil && !os.IsExist(err) {
+		return "", err
+	}
+	return directory, nil
+})
+
+// Culvert runs "kubectl culvert" and returns what it printed on its standard output.
+func (c *Cluster) Culvert(args ...string) string {
+	c.t.Helper()
+	bin, err := plugin()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, c.Program("kubectl"), append([]string{"culvert"}, args...)...)
+	cmd.Env = append(os.Environ(), "PATH="+bin+":"+os.Getenv("PATH"), "KUBECONFIG="+c.Kubeconfig())
+	var stderr bytes.Buffer
+	cmd.Stderr = &stderr
+	out, err := cmd.Output()
+	if err != nil {
+		c.t.Fatalf("kubectl culvert %s: %v: %s", strings.Join(args, " "), err, &stderr)
+	}
+	return string(out)
 }

@@ -1,4 +1,4 @@
-package gateway_test
+package clustertest
 
 import (
 	"fmt"
@@ -11,10 +11,11 @@ import (
 	"time"
 
 	"github.com/culvert-vpn/culvert/internal/lab"
+	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 )
 
-// probe sends numbered datagrams to the echo of a test server, and notes which came back.
-type probe struct {
+// Probe sends numbered datagrams to the echo of a test server, and notes which came back.
+type Probe struct {
 	t    testing.TB
 	what string
 	conn *net.UDPConn
@@ -26,10 +27,11 @@ type probe struct {
 	back []time.Time // by number; zero: not yet
 }
 
-// watch sends every interval from an address of a host, until outcome.
-func watch(t testing.TB, h *lab.Host, source, to string, every time.Duration) *probe {
+// Watch sends from an address of a host at a steady interval, until Outcome, Unharmed or the
+// test's end.
+func Watch(t testing.TB, h *lab.Host, source, to string, every time.Duration) *Probe {
 	t.Helper()
-	p := &probe{t: t, what: source + " → " + to, stop: make(chan struct{})}
+	p := &Probe{t: t, what: source + " → " + to, stop: make(chan struct{})}
 	local := net.UDPAddrFromAddrPort(netip.AddrPortFrom(netip.MustParseAddr(source), 0))
 	remote := net.UDPAddrFromAddrPort(netip.MustParseAddrPort(to))
 	err := h.Do(func() (err error) {
@@ -45,7 +47,7 @@ func watch(t testing.TB, h *lab.Host, source, to string, every time.Duration) *p
 	return p
 }
 
-func (p *probe) send(every time.Duration) {
+func (p *Probe) send(every time.Duration) {
 	tick := time.NewTicker(every)
 	defer tick.Stop()
 	for {
@@ -62,7 +64,7 @@ func (p *probe) send(every time.Duration) {
 	}
 }
 
-func (p *probe) receive() {
+func (p *Probe) receive() {
 	b := make([]byte, 2048)
 	for {
 		n, err := p.conn.Read(b)
@@ -85,7 +87,7 @@ func (p *probe) receive() {
 	}
 }
 
-func (p *probe) end() {
+func (p *Probe) end() {
 	select {
 	case <-p.stop:
 		return
@@ -97,30 +99,37 @@ func (p *probe) end() {
 	p.done.Wait()
 }
 
-// outcome ends the probe and counts.
-func (p *probe) outcome() (sent, lost int) {
+// Outcome ends the probe and counts; gap is the longest time between two packets, one after
+// the other, that were answered.
+func (p *Probe) Outcome() (sent, lost int, gap time.Duration) {
 	p.end()
+	if len(p.sent) == 0 {
+		return 0, 0, 0
+	}
+	last := p.sent[0]
 	for i := range p.sent {
 		if p.back[i].IsZero() {
 			lost++
+			continue
 		}
+		gap, last = max(gap, p.sent[i].Sub(last)), p.sent[i]
 	}
-	return len(p.sent), lost
+	return len(p.sent), lost, max(gap, p.sent[len(p.sent)-1].Sub(last))
 }
 
-// unharmed ends the probe; a lost packet is an error.
-func (p *probe) unharmed() {
+// Unharmed ends the probe; a lost packet is an error.
+func (p *Probe) Unharmed() {
 	p.t.Helper()
-	sent, lost := p.outcome()
+	sent, lost, _ := p.Outcome()
 	p.t.Logf("%s: %d of %d lost", p.what, lost, sent)
 	if lost > 0 || sent < 10 {
 		p.t.Errorf("%s: %d of %d lost, want 0", p.what, lost, sent)
 	}
 }
 
-// awaitBack waits until packets sent after an event come back without a gap for a second,
+// AwaitBack waits until packets sent after an event come back without a gap for a second,
 // and returns when the first of them was sent, counted from the event.
-func (p *probe) awaitBack(event time.Time, timeout time.Duration) time.Duration {
+func (p *Probe) AwaitBack(event time.Time, timeout time.Duration) time.Duration {
 	p.t.Helper()
 	for deadline := time.Now().Add(timeout); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
 		if at, ok := p.steadySince(event); ok {
@@ -131,7 +140,42 @@ func (p *probe) awaitBack(event time.Time, timeout time.Duration) time.Duration 
 	return 0
 }
 
-func (p *probe) steadySince(event time.Time) (time.Time, bool) {
+// AwaitAny waits until the first packet comes back, and ends the probe.
+func (p *Probe) AwaitAny(timeout time.Duration) {
+	p.t.Helper()
+	defer p.end()
+	labtest.Eventually(p.t, timeout, p.what, func() error {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for i := range p.back {
+			if !p.back[i].IsZero() {
+				return nil
+			}
+		}
+		return fmt.Errorf("nothing of %d datagrams came back", len(p.sent))
+	})
+}
+
+// AwaitSteady waits until all packets of so long have come back.
+func (p *Probe) AwaitSteady(long, timeout time.Duration) {
+	p.t.Helper()
+	labtest.Eventually(p.t, timeout, p.what+" is steady", func() error {
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		for i := len(p.sent) - 1; i >= 0; i-- {
+			age := time.Since(p.sent[i])
+			switch {
+			case age > long && !p.back[i].IsZero():
+				return nil
+			case age > 200*time.Millisecond && p.back[i].IsZero():
+				return fmt.Errorf("a packet sent %s ago did not come back", age.Round(time.Millisecond))
+			}
+		}
+		return fmt.Errorf("%d packets were sent only", len(p.sent))
+	})
+}
+
+func (p *Probe) steadySince(event time.Time) (time.Time, bool) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	var since time.Time
