@@ -119,7 +119,7 @@ NET_BIND_SERVICE.`,
 				}
 				logger.Info("ipsec datapath", "datapath", path, "reason", why)
 			}
-			return ipsec.Supervise(cmd.Context(), opts, path)
+			return ipsec.Supervise(cmd.Context(), opts, path, gateway.Fence)
 		},
 	}
 	cmd.Flags().StringVar(&opts.Dir, "dir", podIPsecDir, "directory for the daemon's settings, socket and log")

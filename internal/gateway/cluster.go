@@ -21,6 +21,7 @@ import (
 
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
 	"github.com/culvert-vpn/culvert/internal/ipam"
+	"github.com/culvert-vpn/culvert/internal/ipsec"
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/netstate"
 	"github.com/culvert-vpn/culvert/internal/plan"
@@ -71,8 +72,9 @@ type cluster struct {
 // identityTimeout is how long the API server may take over the gateway's key.
 const identityTimeout = 10 * time.Second
 
-// newCluster is for a pod that serves HTTP at an address.
-func newCluster(opts Cluster, at string, log *slog.Logger) *cluster {
+// newCluster is for a pod that serves HTTP at an address, and whose IKE daemon others run in
+// a directory; empty: it runs it itself.
+func newCluster(opts Cluster, at, ipsecDir string, log *slog.Logger) *cluster {
 	c := &cluster{
 		opts: opts, log: log, store: store.NewKube(opts.Client, opts.Gateway, podManager(opts.Pod)),
 		save: make(chan map[netstate.Key]netip.AddrPort, 1), cancel: func() {}, vote: func() {},
@@ -83,6 +85,9 @@ func newCluster(opts Cluster, at string, log *slog.Logger) *cluster {
 		port = "0"
 	}
 	c.elector = newElector(opts.Pod, port, c.store, log)
+	if ipsecDir != "" {
+		c.elector.vouch = func(until time.Time) error { return ipsec.Vouch(ipsecDir, until) }
+	}
 	c.teller = newTeller(opts, log)
 	c.api = source.NewAPI(source.APIOptions{
 		Client: opts.Client, Logger: log,

@@ -30,6 +30,9 @@ type elector struct {
 	log     *slog.Logger
 	greeter *http.Client
 	port    string // that the other pods serve HTTP on
+	// vouch says until when an IKE daemon that outlives this process may hold SAs; zero:
+	// always. Nil: there is none.
+	vouch   func(until time.Time) error
 	changed chan struct{}
 	nudge   chan struct{}
 
@@ -111,16 +114,38 @@ func (e *elector) run(ctx context.Context) {
 	e.greeter.CloseIdleConnections()
 }
 
+// How often, and for how long, a pod that works vouches for its IKE daemon. When it dies
+// without a word, the daemon has stopped before another pod takes over.
+const (
+	vouchEvery = 200 * time.Millisecond
+	vouchFor   = time.Second
+)
+
+// stoodDown says that there is nothing to vouch for.
+func (e *elector) stoodDown() {
+	if e.vouch != nil {
+		e.troubled(e.vouch(time.Time{}))
+	}
+}
+
+func (e *elector) troubled(err error) {
+	if err != nil {
+		e.log.Warn("cannot say whether this pod works", "error", err)
+	}
+}
+
 // announce tells what time alone has changed, too.
 func (e *elector) announce(ctx context.Context) {
 	t := time.NewTicker(tick)
 	defer t.Stop()
-	decided := false
+	decided, alone := false, false
+	var vouched time.Time
 	for {
+		var now time.Time
 		select {
 		case <-ctx.Done():
 			return
-		case <-t.C:
+		case now = <-t.C:
 		}
 		active, known := e.active()
 		e.mu.Lock()
@@ -128,6 +153,14 @@ func (e *elector) announce(ctx context.Context) {
 		e.was, decided = active, known
 		several := !e.election.alone
 		e.mu.Unlock()
+		switch {
+		case known && !several && !alone:
+			e.stoodDown() // there is nobody who could take its place
+		case active && several && e.vouch != nil && now.Sub(vouched) > vouchEvery:
+			vouched = now
+			e.troubled(e.vouch(now.Add(vouchFor)))
+		}
+		alone = known && !several
 		if news {
 			if several {
 				e.log.Info("the gateway's pods have elected", "this pod works", active)

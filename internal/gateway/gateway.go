@@ -130,7 +130,7 @@ func (g *Gateway) open() error {
 		return err
 	}
 	if g.opts.Cluster != nil {
-		g.backing = newCluster(*g.opts.Cluster, g.opts.HTTP, g.log)
+		g.backing = newCluster(*g.opts.Cluster, g.opts.HTTP, g.opts.IPsecDir, g.log)
 		return g.openAppliers()
 	}
 	if g.backing, err = newDisk(g.opts.Manifests, g.store); err != nil {

@@ -25,9 +25,10 @@ type teller struct {
 	opts    Cluster
 	started time.Time // this process, or its work when others have worked before
 
-	told    map[model.Ref]*told // the loop's own
-	working bool                // this pod is the one that works
-	serving bool                // and has been programmed
+	told     map[model.Ref]*told // the loop's own
+	working  bool                // this pod is the one that works
+	serving  bool                // and has been programmed
+	vouching bool                // the IKE daemon may need this process's word
 }
 
 // Field managers: what a pod says of itself, and what whichever pod works says of the objects.
@@ -48,7 +49,7 @@ type told struct {
 }
 
 func newTeller(opts Cluster, log *slog.Logger) *teller {
-	return &teller{writer: newWriter(opts, log), opts: opts, started: time.Now(), told: map[model.Ref]*told{}}
+	return &teller{writer: newWriter(opts, log), opts: opts, started: time.Now(), told: map[model.Ref]*told{}, vouching: true}
 }
 
 // Tell implements backing.
@@ -81,8 +82,12 @@ func (c *cluster) Tell(a account) {
 		if a.active {
 			c.started = now
 		}
-		c.told, c.working = map[model.Ref]*told{}, a.active
+		c.told, c.working, c.vouching = map[model.Ref]*told{}, a.active, true
 		c.forget(gatewayManager)
+	}
+	if c.vouching && !a.active && a.report.Errors["ipsec"] == "" && a.report.Errors["wireguard"] == "" {
+		c.vouching = false
+		c.elector.stoodDown()
 	}
 	if c.own != nil { // first of all: the nodes follow it
 		c.tellGateway(c.own, &a, refused[model.Ref{Kind: model.KindGateway, ID: c.opts.Gateway}], now)

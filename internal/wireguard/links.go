@@ -58,3 +58,18 @@ func (l *links) remove(name string) error {
 	}
 	return l.h.LinkDel(k)
 }
+
+// Remove deletes a link that a process has left which cannot do so itself any more; one that
+// is not there is no error.
+func Remove(link string) error {
+	h, err := netlink.NewHandle(unix.NETLINK_ROUTE)
+	if err != nil {
+		return fmt.Errorf("open rtnetlink: %w", err)
+	}
+	l := &links{h}
+	defer l.close()
+	if err := l.remove(link); err != nil {
+		return fmt.Errorf("remove link %s: %w", link, err)
+	}
+	return nil
+}
