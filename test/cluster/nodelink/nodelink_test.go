@@ -29,6 +29,10 @@ const (
 	siteIP6   = "fd00:50::10"
 )
 
+// siteLink is the site's tunnel; the sockets of wireguard-go are in a directory that all
+// namespaces share.
+var siteLink = fmt.Sprintf("wg%d", os.Getpid()%1000000)
+
 func objects(key string) string {
 	web := func(n string) string {
 		return fmt.Sprintf(`---
@@ -126,17 +130,17 @@ func (w *world) connect(key string) {
 	if err := json.Unmarshal([]byte(w.Kubectl("-n", "link", "get", "vgw", "edge", "-o", "json")), &gw); err != nil {
 		w.t.Fatal(err)
 	}
-	w.background(w.site, "wireguard-go", "-f", "wg0")
-	labtest.Eventually(w.t, 5*time.Second, "the site's tunnel is there", func() error { return w.site.IP("link", "show", "wg0") })
+	w.background(w.site, "wireguard-go", "-f", siteLink)
+	labtest.Eventually(w.t, 5*time.Second, "the site's tunnel is there", func() error { return w.site.IP("link", "show", siteLink) })
 	ranges := []string{"10.244.0.0/16", "172.30.0.0/24", "fd00:244::/32", "fd00:30::/64"}
-	w.on(w.site, "wg", "set", "wg0", "private-key", file, "peer", gw.Status.PublicKey, "persistent-keepalive", "1",
+	w.on(w.site, "wg", "set", siteLink, "private-key", file, "peer", gw.Status.PublicKey, "persistent-keepalive", "1",
 		"endpoint", fmt.Sprintf("198.18.0.11:%d", gw.Status.WireGuardPort), "allowed-ips", strings.Join(ranges, ","))
-	if err := w.site.Up("wg0", siteIP+"/24 "+siteIP6+"/64"); err != nil {
+	if err := w.site.Up(siteLink, siteIP+"/24 "+siteIP6+"/64"); err != nil {
 		w.t.Fatal(err)
 	}
-	w.on(w.site, "ip", "link", "set", "wg0", "mtu", "1420")
+	w.on(w.site, "ip", "link", "set", siteLink, "mtu", "1420")
 	for _, r := range ranges {
-		w.on(w.site, "ip", "route", "add", r, "dev", "wg0")
+		w.on(w.site, "ip", "route", "add", r, "dev", siteLink)
 	}
 	w.background(w.site, w.TestServer())
 }
@@ -221,16 +225,58 @@ func via(n *cluster.Node) string {
 }
 
 func TestNodeLink(t *testing.T) {
-	w := newWorld(t, cluster.Options{})
+	w := newWorld(t, cluster.Options{AllowSpoofing: true}) // what is foreign is counted all the same
 	w.bothWays()
 	t.Run("agents restart", w.agentsRestart)
 	t.Run("gateway moves", w.gatewayMoves)
+	if n := w.spoofed(); n != 0 {
+		t.Errorf("the nodes sent %d packets with addresses that are not their own", n)
+	}
+	t.Run("direct", w.direct)
+	t.Run("uninstall", w.uninstall)
+}
+
+// spoofed is how many packets with foreign addresses the nodes have sent.
+func (w *world) spoofed() (sum int) {
+	w.t.Helper()
 	for _, n := range w.Nodes {
-		if spoofed, err := w.Spoofed(context.Background(), n.Name); err != nil || spoofed != 0 {
-			t.Errorf("%s sent %d packets with addresses that are not its own: %v", n.Name, spoofed, err)
+		spoofed, err := w.Spoofed(context.Background(), n.Name)
+		if err != nil {
+			w.t.Fatal(err)
+		}
+		sum += int(spoofed)
+	}
+	return sum
+}
+
+// direct changes to the link for networks that let foreign addresses pass, and back.
+func (w *world) direct(t *testing.T) {
+	link := func(kind string) {
+		w.Kubectl("-n", "link", "patch", "vgw", "edge", "--type=merge", "-p", `{"spec":{"clusterTraffic":{"nodeLink":"`+kind+`"}}}`)
+	}
+	vxlan := func(there bool) {
+		for _, n := range w.Nodes {
+			labtest.Eventually(t, 10*time.Second, fmt.Sprintf("cvtnodes on %s: %t", n.Name, there), func() error {
+				if err := n.IP("link", "show", "cvtnodes"); (err == nil) != there {
+					return fmt.Errorf("link: %v", err)
+				}
+				return nil
+			})
 		}
 	}
-	t.Run("uninstall", w.uninstall)
+	link("Direct")
+	vxlan(false)
+	w.bothWays()
+	if w.spoofed() == 0 {
+		t.Error("no packet went over the fabric with the site's own address: that is not direct")
+	}
+	link("Encapsulated")
+	vxlan(true)
+	before := w.spoofed()
+	w.bothWays()
+	if n := w.spoofed(); n > before {
+		t.Errorf("back to Encapsulated the nodes sent %d packets with addresses that are not their own", n-before)
+	}
 }
 
 // agentsRestart sees that traffic does not notice new agents.
