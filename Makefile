@@ -87,7 +87,7 @@ cluster-down: ## remove it; NAME=
 
 .PHONY: speed
 speed: setup ## the goals for speed, against peers in the same run (root, a machine that does nothing else)
-	@CULVERT_GOALS=1 go test ./test/netlab ./test/encryption ./internal/relay ./internal/reverse/front ./test/reverse -run '^(TestScaleSpeed|TestSpeed|TestOneStream.*|TestConnectLatency|TestStreamSpeed|TestStalled.*)$$' -p 1 -count=1 -v
+	@CULVERT_GOALS=1 go test ./test/netlab ./test/encryption ./internal/relay ./internal/reverse/front ./test/reverse -run '^(TestScaleSpeed|TestSpeed|TestOneMoreNode|TestOneStream.*|TestConnectLatency|TestStreamSpeed|TestStalled.*)$$' -p 1 -count=1 -v
 
 .PHONY: demo demo-down
 demo: setup build ## the main job in network namespaces; KEEP=1 leaves it up

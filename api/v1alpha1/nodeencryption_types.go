@@ -14,7 +14,8 @@ const NodeEncryptionName = "cluster"
 // +kubebuilder:printcolumn:name="Scope",type=string,JSONPath=`.spec.scope`
 // +kubebuilder:printcolumn:name="Enforcement",type=string,JSONPath=`.spec.enforcement`
 // +kubebuilder:printcolumn:name="Ready",type=string,JSONPath=`.status.conditions[?(@.type=="Ready")].status`
-// +kubebuilder:printcolumn:name="Nodes",type=integer,JSONPath=`.status.nodes`
+// +kubebuilder:printcolumn:name="Ready nodes",type=integer,JSONPath=`.status.readyNodes`
+// +kubebuilder:printcolumn:name="Nodes",type=integer,JSONPath=`.status.totalNodes`
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 // +kubebuilder:validation:XValidation:rule="self.metadata.name == 'cluster'",message="there is one NodeEncryption per cluster: its name must be cluster"
 type NodeEncryption struct {
@@ -85,6 +86,16 @@ type NodeEncryptionSpec struct {
 	// +kubebuilder:validation:Minimum=1
 	// +kubebuilder:validation:Maximum=65535
 	Port int32 `json:"port,omitempty"`
+
+	// KeyLifetimeHours is the age at which a node changes its key; each does so up to a fifth
+	// earlier, so that they do not all do it at once. 0: only when asked to, by the annotation
+	// culvert.dev/rotate-key of its NodeTunnel.
+	//
+	// +optional
+	// +kubebuilder:default=720
+	// +kubebuilder:validation:Minimum=0
+	// +kubebuilder:validation:Maximum=87600
+	KeyLifetimeHours *int32 `json:"keyLifetimeHours,omitempty"`
 }
 
 // NodeEncryptionStatus is what was found and done.
@@ -107,6 +118,16 @@ type NodeEncryptionStatus struct {
 	//
 	// +optional
 	Nodes int32 `json:"nodes,omitempty"`
+
+	// ReadyNodes is the number of those that all others answer.
+	//
+	// +optional
+	ReadyNodes int32 `json:"readyNodes,omitempty"`
+
+	// TotalNodes is the number of the cluster's nodes.
+	//
+	// +optional
+	TotalNodes int32 `json:"totalNodes,omitempty"`
 }
 
 // NodeTunnel is one node's part in the encryption between nodes. It is named after the
@@ -190,6 +211,42 @@ type NodeTunnelStatus struct {
 	// +listMapKey=node
 	// +kubebuilder:validation:MaxItems=64
 	SilentPeers []SilentPeer `json:"silentPeers,omitempty"`
+
+	// Exemptions are what this node lets pass in the clear, beside WireGuard itself, neighbour
+	// discovery, MLD and DHCP.
+	//
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=128
+	Exemptions []string `json:"exemptions,omitempty"`
+
+	// PlainPackets are the kinds of packets in the clear that were dropped, or in mode Permissive
+	// seen, in the last ten minutes, with the first of each.
+	//
+	// +optional
+	// +listType=map
+	// +listMapKey=kind
+	// +kubebuilder:validation:MaxItems=16
+	PlainPackets []PlainPacket `json:"plainPackets,omitempty"`
+}
+
+// PlainPacket is the first of a kind of packets in the clear.
+type PlainPacket struct {
+	// Kind is as in the metric culvert_node_plain_packets_total, say "out_pods".
+	Kind string `json:"kind"`
+
+	// Source and Destination are its addresses.
+	Source      string `json:"source"`
+	Destination string `json:"destination"`
+
+	// Protocol is IANA's number.
+	Protocol int32 `json:"protocol"`
+
+	// Dropped tells whether it was; otherwise it was let through.
+	Dropped bool `json:"dropped"`
+
+	// Time is when it was reported.
+	Time metav1.Time `json:"time"`
 }
 
 // SilentPeer is a node that does not answer.

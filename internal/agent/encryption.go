@@ -58,7 +58,8 @@ type encryption struct {
 	asked   time.Time
 	devices []wireguard.Device // as last seen
 	again   time.Duration      // when to look again; 0: when something happens
-	told    map[string]bool    // kinds of dropped packets that were reported
+	told    map[string]bool    // kinds of plain packets that were reported
+	plain   guard.Observation  // as last seen
 	differs time.Time          // since when the NodeEncryption's status is not what it should be
 	// present: there is a NodeEncryption, whether it could be read or not.
 	present bool
@@ -135,7 +136,7 @@ func (e *encryption) gather(ctx context.Context, n *node, objects model.Objects,
 		}
 	}
 	own := n.tunnels[e.node]
-	if err := e.keys.rotate(own, time.Now()); err != nil {
+	if err := e.keys.rotate(own, n.model.NodeEncryption.KeyLifetime, time.Now()); err != nil {
 		return err
 	}
 	f.PrivateKey, f.PublicKey = e.keys.current()
@@ -147,6 +148,9 @@ func (e *encryption) gather(ctx context.Context, n *node, objects model.Objects,
 	f.Enforced = saved != nil && saved.Strict
 	if f.Local, f.Mismatch, err = localLinks(n.facts.Node); err != nil {
 		return err
+	}
+	if e.plain, err = e.guard.Observe(); err != nil {
+		e.log.Warn("cannot read what the guard has counted", "error", err)
 	}
 	e.observe(ctx, n)
 	e.underlay(ctx, n)

@@ -26,8 +26,15 @@ func (e *encryption) report(r *plan.EncryptionResult) *EncryptionReport {
 	delete(last, "") // a key that is not in use
 	return &EncryptionReport{
 		Strict: r.Strict, Nodes: r.Nodes, Peers: len(r.Peers), Connected: len(r.Peers) - len(silent),
-		Handshakes: last, Plain: e.reportDropped(r.Strict),
+		Handshakes: last, Plain: e.counted(),
 	}
+}
+
+func (e *encryption) counted() map[string]uint64 {
+	if !e.plain.Present {
+		return nil
+	}
+	return e.plain.Dropped
 }
 
 var (

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -99,23 +100,53 @@ func (k *keys) spec() v1alpha1.NodeTunnelSpec {
 	return s
 }
 
+// asked tells whether the annotation of the NodeTunnel has another value than at the last
+// change, and remembers it.
+func (k *keys) asked(own *v1alpha1.NodeTunnel) (bool, error) {
+	want := own.Annotations[model.RotateAnnotation]
+	done, err := os.ReadFile(filepath.Join(k.dir, rotatedFile))
+	if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return false, fmt.Errorf("key of this node: %w", err)
+	}
+	if want == "" || want == string(done) {
+		return false, nil
+	}
+	if err := os.WriteFile(filepath.Join(k.dir, rotatedFile), []byte(want), 0o600); err != nil {
+		return false, fmt.Errorf("key of this node: %w", err)
+	}
+	return true, nil
+}
+
+// old tells whether the key has lived long enough: up to a fifth less than its lifetime, so that
+// nodes that were set up together do not all change theirs at once. The file keeps the
+// time that the key was made.
+func (k *keys) old(lifetime time.Duration, now time.Time) (bool, error) {
+	if lifetime <= 0 {
+		return false, nil
+	}
+	st, err := os.Stat(filepath.Join(k.dir, keyFile))
+	if err != nil {
+		return false, fmt.Errorf("key of this node: %w", err)
+	}
+	public := k.now.PublicKey() // as good as a die that is cast once for each key
+	early := time.Duration(float64(lifetime) / 5 * float64(binary.BigEndian.Uint16(public[:])) / (1 << 16))
+	return now.Sub(st.ModTime()) >= lifetime-early, nil
+}
+
 // rotate goes on with a change of the key: make one, have it known, use it. It begins when
-// the annotation of the NodeTunnel gets another value.
-func (k *keys) rotate(own *v1alpha1.NodeTunnel, now time.Time) error {
+// somebody asks for it, or the key has reached its lifetime (0: it never does).
+func (k *keys) rotate(own *v1alpha1.NodeTunnel, lifetime time.Duration, now time.Time) error {
 	if own == nil {
 		return nil
 	}
 	if k.next == (wgtypes.Key{}) {
-		want := own.Annotations[model.RotateAnnotation]
-		done, err := os.ReadFile(filepath.Join(k.dir, rotatedFile))
-		if err != nil && !errors.Is(err, fs.ErrNotExist) {
-			return fmt.Errorf("key of this node: %w", err)
+		asked, err := k.asked(own)
+		if err != nil {
+			return err
 		}
-		if want == "" || want == string(done) {
-			return nil
-		}
-		if err := os.WriteFile(filepath.Join(k.dir, rotatedFile), []byte(want), 0o600); err != nil {
-			return fmt.Errorf("key of this node: %w", err)
+		old, err := k.old(lifetime, now)
+		if err != nil || !asked && !old {
+			return err
 		}
 		k.announced = time.Time{}
 		k.next, err = makeKey(filepath.Join(k.dir, nextFile))

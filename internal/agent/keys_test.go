@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"golang.zx2c4.com/wireguard/wgctrl/wgtypes"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
@@ -38,7 +39,7 @@ func TestKeyChanges(t *testing.T) {
 	step := func(after time.Duration) v1alpha1.NodeTunnelSpec {
 		t.Helper()
 		now = now.Add(after)
-		if err := k.rotate(own, now); err != nil {
+		if err := k.rotate(own, 0, now); err != nil {
 			t.Fatal(err)
 		}
 		return k.spec()
@@ -69,6 +70,46 @@ func TestKeyChanges(t *testing.T) {
 	own.Annotations[model.RotateAnnotation] = "2"
 	if s = step(0); s.NextPublicKey == "" {
 		t.Error("asked again, and nothing happened")
+	}
+}
+
+// A key changes when it is old, each a little earlier than its lifetime says; the next one
+// is young again.
+func TestKeyGrowsOld(t *testing.T) {
+	const lifetime = 100 * time.Hour
+	ages := map[time.Duration]bool{}
+	for range 8 {
+		k, err := openKeys(t.TempDir())
+		if err != nil {
+			t.Fatal(err)
+		}
+		own := &v1alpha1.NodeTunnel{Spec: k.spec()}
+		made, age := time.Now(), time.Duration(0)
+		for ; k.next == (wgtypes.Key{}); age += time.Hour {
+			if err := k.rotate(own, lifetime, made.Add(age)); err != nil {
+				t.Fatal(err)
+			}
+			if age > lifetime+time.Hour {
+				t.Fatal("the key outlives its lifetime")
+			}
+		}
+		if age < lifetime*4/5 {
+			t.Errorf("changed at the age of %s", age)
+		}
+		ages[age] = true
+		own.Spec = k.spec()
+		for _, after := range []time.Duration{0, announceFor} {
+			if err := k.rotate(own, lifetime, time.Now().Add(after)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		own.Spec = k.spec()
+		if err := k.rotate(own, lifetime, time.Now().Add(lifetime/2)); err != nil || own.Spec.NextPublicKey != "" || k.next != (wgtypes.Key{}) {
+			t.Errorf("%+v, %v: want one young key", own.Spec, err)
+		}
+	}
+	if len(ages) < 3 {
+		t.Errorf("eight nodes change at the ages %v: want them spread", ages)
 	}
 }
 

@@ -26,6 +26,10 @@ type linkRoute struct {
 	link string
 }
 
+// tunnelKinds are links that lead to other nodes, whatever addresses they have: an overlay's may be
+// in the node's own pod range (flannel's are).
+var tunnelKinds = []string{"vxlan", "geneve", "ipip", "ip6tnl", "sit", "gre", "gretap", "ip6gre", "ip6gretap", "wireguard", "tuntap"}
+
 func lookAtLinks(n model.Node) (linkLook, error) {
 	var out linkLook
 	links, err := netlink.LinkList()
@@ -33,8 +37,10 @@ func lookAtLinks(n model.Node) (linkLook, error) {
 		return out, fmt.Errorf("list links: %w", err)
 	}
 	names := map[int]string{}
+	tunnels := map[string]bool{}
 	for _, l := range links {
 		names[l.Attrs().Index] = l.Attrs().Name
+		tunnels[l.Attrs().Name] = slices.Contains(tunnelKinds, l.Type())
 	}
 	addresses, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
@@ -57,7 +63,7 @@ func lookAtLinks(n model.Node) (linkLook, error) {
 	}
 	for _, r := range out.routes {
 		inside := slices.ContainsFunc(n.PodCIDRs, func(c netip.Prefix) bool { return c.Bits() <= r.to.Bits() && c.Overlaps(r.to) })
-		if inside && !slices.Contains(out.uplinks, r.link) && !slices.Contains(out.toPods, r.link) && !strings.HasPrefix(r.link, "cvt") {
+		if inside && !tunnels[r.link] && !slices.Contains(out.uplinks, r.link) && !slices.Contains(out.toPods, r.link) && !strings.HasPrefix(r.link, "cvt") {
 			out.toPods = append(out.toPods, r.link)
 		}
 	}

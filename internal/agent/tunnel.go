@@ -41,6 +41,9 @@ func (e *encryption) tell(ctx context.Context, n node, r *plan.EncryptionResult)
 		return changed, nil // it is there the next time
 	}
 	status := e.tunnelStatus(own, r)
+	status.Exemptions = exemptions(n.facts.Encryption.Exempt)
+	status.PlainPackets = e.plainPackets(own.Status.PlainPackets, r.Strict)
+	e.announce(ctx, own, status.PlainPackets)
 	if !equality.Semantic.DeepEqual(own.Status, status) {
 		if err := e.write(ctx, v1alpha1.NodeTunnel{ObjectMeta: metav1.ObjectMeta{Name: e.node}, Spec: own.Spec, Status: status}, "NodeTunnel", "status"); err != nil {
 			return changed, fmt.Errorf("report on this node's tunnels: %w", err)
@@ -87,7 +90,12 @@ func (e *encryption) tellAll(ctx context.Context, n node, r *plan.EncryptionResu
 	o := n.encryption
 	s := *o.Status.DeepCopy()
 	s.ObservedGeneration = o.Generation
-	s.Nodes = int32(len(n.model.NodeEncryption.Nodes))
+	s.Nodes, s.TotalNodes, s.ReadyNodes = int32(len(n.model.NodeEncryption.Nodes)), int32(len(n.model.Nodes)), 0
+	for _, t := range n.model.NodeEncryption.Nodes {
+		if t.Ready && slices.ContainsFunc(n.model.Nodes, func(o model.Node) bool { return o.Name == t.Name }) {
+			s.ReadyNodes++
+		}
+	}
 	e.conditions(&s, n, r)
 	if equality.Semantic.DeepEqual(o.Status, s) {
 		e.differs = time.Time{}
@@ -187,21 +195,4 @@ func (e *encryption) watchPeers(n node, r *plan.EncryptionResult) {
 	if slices.ContainsFunc(n.model.NodeEncryption.Nodes, func(t model.NodeTunnel) bool { return !t.NextPublicKey.IsZero() }) {
 		e.soon(hurryEvery)
 	}
-}
-
-// reportDropped logs who was dropped, once for each kind until it has been quiet for a while.
-func (e *encryption) reportDropped(strict bool) map[string]uint64 {
-	o, err := e.guard.Observe()
-	if err != nil || !o.Present {
-		return nil
-	}
-	seen := map[string]bool{}
-	for _, p := range o.Seen {
-		if !seen[p.Kind] && !e.told[p.Kind] {
-			e.log.Warn("plain packets between nodes", "dropped", strict, "kind", p.Kind, "from", p.From, "to", p.To, "protocol", p.Protocol, "packets", o.Dropped[p.Kind])
-		}
-		seen[p.Kind] = true
-	}
-	e.told = seen
-	return o.Dropped
 }

@@ -21,6 +21,8 @@ type clusterStatus struct {
 	Gateways []gatewayStatus `json:"gateways"`
 	Sites    []objectStatus  `json:"sites"`
 	Devices  []objectStatus  `json:"devices"`
+	// Encryption is that between the cluster's nodes; absent: none.
+	Encryption *encryptionStatus `json:"encryption,omitempty"`
 }
 
 type gatewayStatus struct {
@@ -91,7 +93,8 @@ func (c *connection) status(ctx context.Context, namespace string) (*clusterStat
 		x.Addresses, x.Endpoint = append(x.Addresses, o.Status.Addresses...), o.Status.Endpoint
 		s.Devices = append(s.Devices, x)
 	}
-	return s, nil
+	s.Encryption, err = c.encryption(ctx)
+	return s, err
 }
 
 func gatewayOf(o *v1alpha1.VPNGateway) gatewayStatus {
@@ -153,12 +156,15 @@ func (s *clusterStatus) bad() bool {
 			}
 		}
 	}
-	return false
+	return s.Encryption != nil && len(s.Encryption.Problems) > 0
 }
 
 func printClusterStatus(w io.Writer, s *clusterStatus, now time.Time) error {
 	if len(s.Gateways)+len(s.Sites)+len(s.Devices) == 0 {
-		_, err := fmt.Fprintln(w, "no VPNGateway, Site or Device")
+		if s.Encryption != nil {
+			return printEncryption(w, s.Encryption, now)
+		}
+		_, err := fmt.Fprintln(w, "no VPNGateway, Site, Device or NodeEncryption")
 		return err
 	}
 	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
@@ -202,11 +208,14 @@ func printClusterStatus(w io.Writer, s *clusterStatus, now time.Time) error {
 	if err := t.Flush(); err != nil {
 		return err
 	}
-	if len(lines) == 0 {
+	if len(lines) > 0 {
+		fmt.Fprintf(w, "\n%s\n", strings.Join(lines, "\n"))
+	}
+	if s.Encryption == nil {
 		return nil
 	}
-	_, err := fmt.Fprintf(w, "\n%s\n", strings.Join(lines, "\n"))
-	return err
+	fmt.Fprintln(w)
+	return printEncryption(w, s.Encryption, now)
 }
 
 func upOrDown(status string) string {

@@ -43,6 +43,21 @@ const Table = "culvert-guard"
 // FileName is where, in an agent's state directory, the guard is kept.
 const FileName = "guard.json"
 
+var meanings = map[string]string{
+	"in_pods":     "arrived in the clear with a pod's or site's source",
+	"in_nodes":    "arrived in the clear from a node for a pod",
+	"in_hosts":    "arrived in the clear from a node for a node",
+	"in_unknown":  "for a pod's link, to an address that is no pod's",
+	"out_pods":    "in the clear for a pod or site of another node",
+	"out_nodes":   "in the clear from a pod for another node",
+	"out_overlay": "of an overlay network, in the clear for another node",
+	"out_hosts":   "in the clear for another node",
+	"out_unknown": "from a pod's link, with a source that is no pod's",
+}
+
+// Describe says what packets of a kind are.
+func Describe(kind string) string { return meanings[kind] }
+
 // Options configure a Guard.
 type Options struct {
 	// Program is the path of nft(8); empty: found in PATH.

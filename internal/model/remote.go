@@ -5,6 +5,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"k8s.io/apimachinery/pkg/api/meta"
 
@@ -169,12 +170,17 @@ func remoteExport(r *report, field string, x *v1alpha1.RemoteExport, before []Ex
 // packets are dropped in the cluster.
 const ConditionEnforced = "Enforced"
 
+const (
+	defaultKeyLifetime  = 720 * time.Hour
+	maxKeyLifetimeHours = 87600
+)
+
 func (p *parser) nodeEncryption() {
 	for _, e := range p.nodeEncryptions {
 		o := e.Object.(*v1alpha1.NodeEncryption)
 		s := &o.Spec
 		r := p.report(e)
-		n := &NodeEncryption{ID: e.ref.ID, Generation: o.Generation, Port: defaultEncryptionPort}
+		n := &NodeEncryption{ID: e.ref.ID, Generation: o.Generation, Port: defaultEncryptionPort, KeyLifetime: defaultKeyLifetime}
 		if o.Name != v1alpha1.NodeEncryptionName {
 			r.refuse("metadata.name", ReasonInvalidSpec, "%s: there is one NodeEncryption per cluster, and its name must be %q", quote(o.Name), v1alpha1.NodeEncryptionName)
 		}
@@ -185,6 +191,12 @@ func (p *parser) nodeEncryption() {
 		n.Strict = oneOf(r, "spec.enforcement", s.Enforcement, v1alpha1.EnforcementStrict, v1alpha1.EnforcementPermissive, v1alpha1.EnforcementStrict) == v1alpha1.EnforcementStrict
 		if s.Port != 0 {
 			n.Port = port(r, "spec.port", s.Port)
+		}
+		if h := s.KeyLifetimeHours; h != nil {
+			if *h < 0 || *h > maxKeyLifetimeHours {
+				r.refuse("spec.keyLifetimeHours", ReasonInvalidSpec, "%d: write 1 to %d, or 0 for keys that change only when asked to", *h, maxKeyLifetimeHours)
+			}
+			n.KeyLifetime = time.Duration(*h) * time.Hour
 		}
 		n.Enforced = meta.IsStatusConditionTrue(o.Status.Conditions, ConditionEnforced)
 		if r.ok() {

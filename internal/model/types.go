@@ -202,6 +202,8 @@ type NodeEncryption struct {
 	AllTraffic bool // scope: All
 	Strict     bool
 	Port       uint16
+	// KeyLifetime is the age at which nodes change their keys; 0: when asked to only.
+	KeyLifetime time.Duration
 	// Enforced: Strict has been in effect in the cluster (condition Enforced of the status).
 	Enforced bool
 	Nodes    []NodeTunnel // by name

@@ -1,6 +1,7 @@
-// Package encryption holds the encryption between nodes to its promises on a real cluster:
-// nothing in the clear, no lock-out on an upgrade, each agent speaks for its own node only,
-// and nothing stays behind.
+// Package encryption holds the encryption between nodes to its promises on real clusters:
+// nothing in the clear (three nodes in two subnets, a gateway's site too; an overlay), no lock-out
+// on an upgrade, pods that wait at boot, each agent speaks for its own node only, and nothing
+// stays behind.
 package encryption
 
 import (
@@ -19,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/culvert-vpn/culvert/internal/lab"
 	"github.com/culvert-vpn/culvert/internal/lab/cluster"
 	"github.com/culvert-vpn/culvert/internal/lab/cluster/clustertest"
 	"github.com/culvert-vpn/culvert/internal/lab/labtest"
@@ -26,20 +28,28 @@ import (
 
 const namespace = "encryption"
 
-// world is the cluster with a server pod on each node, and somebody who listens on its wires.
+// world is a cluster with a server pod on each node, and somebody who listens on its wires.
 type world struct {
 	*clustertest.Cluster
-	t *testing.T
+	t        *testing.T
+	siteHost *lab.Host // nil: none
+	noDNS    bool
 
 	mu    sync.Mutex
 	plain map[string][]string // by node: what was in the clear
 }
 
-func newWorld(t *testing.T) *world {
+func newWorld(t *testing.T, o cluster.Options) *world {
 	t.Helper()
-	labtest.Require(t, "tcpdump")
-	w := &world{Cluster: clustertest.Start(t, cluster.Options{Nodes: 2}), t: t, plain: map[string][]string{}}
-	w.Install("--set", "agent.podRanges={10.244.0.0/16,fd00:244::/32}", "--set-json", agentAffinity)
+	labtest.Require(t, "tcpdump", "wg", "wireguard-go")
+	return &world{Cluster: clustertest.Start(t, o), t: t, plain: map[string][]string{}}
+}
+
+// install installs Culvert, with gateways on the first node, and starts the pods.
+func (w *world) install() {
+	w.t.Helper()
+	w.Install("--set", "agent.podRanges={10.244.0.0/16,fd00:244::/32}", "--set-json", agentAffinity,
+		"--set", `gatewayPods.nodeSelector.kubernetes\.io/hostname=`+w.Nodes[0].Name)
 	w.Namespace(namespace)
 	var pods strings.Builder
 	for _, n := range w.Nodes {
@@ -56,7 +66,7 @@ spec:
 apiVersion: v1
 kind: Service
 metadata: {name: web-%[1]s, namespace: %[3]s}
-spec: {selector: {node: %[1]s}, ports: [{port: 80, targetPort: 8080}]}
+spec: {type: NodePort, selector: {node: %[1]s}, ports: [{port: 80, targetPort: 8080}]}
 `, n.Name, cluster.TestImage, namespace)
 	}
 	w.Apply(pods.String())
@@ -64,7 +74,6 @@ spec: {selector: {node: %[1]s}, ports: [{port: 80, targetPort: 8080}]}
 	for _, n := range w.Nodes {
 		w.listen(n)
 	}
-	return w
 }
 
 // listen notes what goes over a node's wire in the clear: what has a pod at an end, and what
@@ -82,7 +91,7 @@ func (w *world) listen(n *cluster.Node) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cmd := n.Command(ctx, "tcpdump", "-n", "-l", "-q", "-p", "-i", "eth0",
-		"(net 10.244.0.0/16 or net fd00:244::/32 or "+strings.Join(between, " or ")+") and not arp and not udp port 51821 and not (icmp[0] = 3 and icmp[1] = 3 and icmp[30:2] = 51821) and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137)")
+		"(net 10.244.0.0/16 or net fd00:244::/32 or net 192.168.50.0/24 or net fd00:50::/64 or "+strings.Join(between, " or ")+") and not arp and not udp port 51821 and not (icmp[0] = 3 and icmp[1] = 3 and icmp[30:2] = 51821) and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137)")
 	out, err := cmd.StdoutPipe()
 	if err == nil {
 		err = n.Start(cmd)
@@ -140,32 +149,37 @@ type request struct {
 	do   func() (string, error)
 }
 
-// requests are those between pods, hosts and services of two nodes, DNS, and what the API
-// server asks of a kubelet.
+// requests are those between pods, hosts and services of each two nodes, one way, DNS, what the
+// API server asks of a kubelet, and those of the site.
 func (w *world) requests() []request {
 	w.t.Helper()
 	var out []request
-	for _, a := range w.Nodes {
-		for _, b := range w.Nodes {
-			if a.Name == b.Name {
-				continue
-			}
-			pod := "web-" + a.Name
-			service := strings.TrimSpace(w.Kubectl("-n", namespace, "get", "service", "web-"+b.Name, "-o", "jsonpath={.spec.clusterIP}"))
-			for _, target := range append([]string{}, w.ips("web-"+b.Name)...) {
-				out = append(out,
-					request{pod + " to pod " + target, func() (string, error) { return w.inPod(pod, "get", url(target)) }},
-					request{"host " + a.Name + " to pod " + target, func() (string, error) { return w.onNode(a, "get", url(target)) }})
-			}
-			out = append(out, request{pod + " to a service", func() (string, error) { return w.inPod(pod, "get", "http://"+service+"/") }},
-				request{"host " + a.Name + " to a service", func() (string, error) { return w.onNode(a, "get", "http://"+service+"/") }},
-				request{pod + " asks DNS", func() (string, error) {
-					return w.inPod(pod, "lookup", "kubernetes.default.svc.cluster.local", "10.96.0.10")
-				}})
-			for _, ip := range b.IPs() {
-				out = append(out, request{"host " + a.Name + " to host " + ip.String(), func() (string, error) { return w.ping(a, ip) }})
-			}
+	for i, a := range w.Nodes {
+		b := w.Nodes[(i+1)%len(w.Nodes)]
+		pod := "web-" + a.Name
+		service, port, _ := strings.Cut(w.Kubectl("-n", namespace, "get", "service", "web-"+b.Name, "-o", "jsonpath={.spec.clusterIP} {.spec.ports[0].nodePort}"), " ")
+		third := w.Nodes[(i+2)%len(w.Nodes)]
+		for _, target := range append([]string{}, w.ips("web-"+b.Name)...) {
+			out = append(out,
+				request{pod + " to pod " + target, func() (string, error) { return w.inPod(pod, "get", url(target)) }},
+				request{"host " + a.Name + " to pod " + target, func() (string, error) { return w.onNode(a, "get", url(target)) }})
 		}
+		out = append(out, request{pod + " to a service", func() (string, error) { return w.inPod(pod, "get", "http://"+service+"/") }},
+			request{"host " + a.Name + " to a service", func() (string, error) { return w.onNode(a, "get", "http://"+service+"/") }},
+			request{"host " + a.Name + " to a port of " + third.Name, func() (string, error) {
+				return w.onNode(a, "get", fmt.Sprintf("http://%s:%s/", third.IPs()[0], port))
+			}})
+		if !w.noDNS {
+			out = append(out, request{pod + " asks DNS", func() (string, error) {
+				return w.inPod(pod, "lookup", "kubernetes.default.svc.cluster.local", "10.96.0.10")
+			}})
+		}
+		for _, ip := range b.IPs() {
+			out = append(out, request{"host " + a.Name + " to host " + ip.String(), func() (string, error) { return w.ping(a, ip) }})
+		}
+	}
+	if w.siteHost != nil {
+		out = append(out, w.withSite()...)
 	}
 	return out
 }
@@ -213,9 +227,16 @@ func (w *world) enforced() {
 }
 
 func TestEncryption(t *testing.T) {
-	w := newWorld(t)
+	w := newWorld(t, cluster.Options{Nodes: 3, TwoSubnets: true})
+	w.install()
+	w.siteHost = w.site()
+	x := w.injector()
 	requests := w.requests()
 	w.works(t, requests)
+	delivered := x.inject()
+	if delivered[0] == 0 || delivered[1] == 0 {
+		t.Fatalf("with encryption off %v of the injector's packets were delivered: the test proves nothing", delivered)
+	}
 	heard := w.heard()
 	for _, n := range w.Nodes {
 		if len(heard[n.Name]) < 20 {
@@ -223,17 +244,18 @@ func TestEncryption(t *testing.T) {
 		}
 		t.Logf("encryption off: %d packets in the clear at %s", len(heard[n.Name]), n.Name)
 	}
-	t.Cleanup(func() { _, _ = w.TryKubectl("delete", "nodeencryption", "cluster", "--ignore-not-found") })
-	w.Apply(encryption("Permissive"))
-	w.Kubectl("wait", "nodeencryption/cluster", "--for=condition=Ready", "--timeout=60s")
-	w.Apply(encryption("Strict"))
-	w.enforced()
-	time.Sleep(time.Second) // what was under way
-	w.heard()
+	w.encrypt()
 
 	t.Run("steady", func(t *testing.T) {
 		w.works(t, requests)
 		w.silence(t, "steady")
+	})
+	t.Run("plain packets from outside", func(t *testing.T) {
+		if now := x.inject(); now != delivered {
+			t.Errorf("%v packets of the injector's were delivered, with encryption off %v", now, delivered)
+		}
+		w.reported(t)
+		w.heard()
 	})
 	t.Run("agents killed", func(t *testing.T) {
 		for _, n := range w.Nodes {
@@ -262,6 +284,18 @@ func TestEncryption(t *testing.T) {
 		}
 		w.works(t, w.requests()) // pods have had new addresses since
 	})
+}
+
+// encrypt turns encryption on in two steps.
+func (w *world) encrypt() {
+	w.t.Helper()
+	w.t.Cleanup(func() { _, _ = w.TryKubectl("delete", "nodeencryption", "cluster", "--ignore-not-found") })
+	w.Apply(encryption("Permissive"))
+	w.Kubectl("wait", "nodeencryption/cluster", "--for=condition=Ready", "--timeout=60s")
+	w.Apply(encryption("Strict"))
+	w.enforced()
+	time.Sleep(time.Second) // what was under way
+	w.heard()
 }
 
 func nothingLeft(n *cluster.Node) error {

@@ -1,0 +1,113 @@
+package encryption
+
+import (
+	"context"
+	"fmt"
+	"net"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/culvert-vpn/culvert/internal/lab/cluster/clustertest"
+	"github.com/culvert-vpn/culvert/internal/lab/labtest"
+)
+
+// ghost are addresses of the third node's pods that no pod has.
+var ghost = [2]string{"10.244.3.200", "fd00:244:3::c8"}
+
+// injector is a host on the nodes' network that pretends to be a pod.
+type injector struct {
+	*labtest.Host
+	w *world
+}
+
+func (w *world) injector() *injector {
+	w.t.Helper()
+	h := labtest.New(w.t).Host("injector")
+	h.IP("link", "add", "eth0", "type", "veth", "peer", "name", "injector", "netns", w.Fabric.Namespace)
+	w.t.Cleanup(func() { _ = w.Fabric.IP("link", "delete", "injector") })
+	if err := w.Fabric.IP("link", "set", "injector", "master", "br0", "up"); err != nil {
+		w.t.Fatal(err)
+	}
+	if err := h.Up("eth0", "172.30.0.66/24 fd00:30::66/64 "+ghost[0]+"/32 "+ghost[1]+"/128"); err != nil {
+		w.t.Fatal(err)
+	}
+	n := w.Nodes[0]
+	for i, c := range n.PodCIDRs() {
+		h.IP("route", "add", c.String(), "via", n.IPs()[i].String(), "src", ghost[i])
+	}
+	return &injector{h, w}
+}
+
+// inject sends plain datagrams with a pod's source to a pod on the first node, and returns how
+// many of each family it has heard of so far.
+func (x *injector) inject() (delivered [2]int) {
+	x.w.t.Helper()
+	pod := "web-" + x.w.Nodes[0].Name
+	for i, ip := range x.w.ips(pod) {
+		x.Do(func() error {
+			c, err := net.DialUDP("udp", &net.UDPAddr{IP: net.ParseIP(ghost[i])}, &net.UDPAddr{IP: net.ParseIP(ip), Port: 8081})
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			for range 5 {
+				if _, err := c.Write([]byte("in the clear")); err != nil {
+					return err
+				}
+				time.Sleep(20 * time.Millisecond)
+			}
+			return nil
+		})
+	}
+	time.Sleep(300 * time.Millisecond)
+	log := x.w.Kubectl("-n", namespace, "logs", pod)
+	for i, g := range ghost {
+		delivered[i] = strings.Count(log, g)
+	}
+	return delivered
+}
+
+// reported sees that the injector's packets are told of: event, status, "culvert status" and
+// metric.
+func (w *world) reported(t *testing.T) {
+	t.Helper()
+	node := w.Nodes[0].Name
+	labtest.Eventually(t, 30*time.Second, "an event", func() error {
+		out, err := w.TryKubectl("get", "events.events.k8s.io", "-n", "default", "-o", `jsonpath={range .items[?(@.reason=="PlainPacketDropped")]}{.regarding.name} {.note}{"\n"}{end}`)
+		if err == nil && !strings.Contains(out, node+" arrived in the clear with a pod's or site's source (in_pods): from ") {
+			err = fmt.Errorf("%q", out)
+		}
+		return err
+	})
+	out := w.Kubectl("get", "nodetunnel", node, "-o", `jsonpath={.status.plainPackets[?(@.kind=="in_pods")]}{"\n"}{.status.exemptions}`)
+	if !strings.Contains(out, "10.244.3.200") && !strings.Contains(out, "fd00:244:3::c8") || !strings.Contains(out, `"dropped":true`) || !strings.Contains(out, "API server") {
+		t.Errorf("status of NodeTunnel %s: %s", node, out)
+	}
+	metrics, err := w.onNode(w.Nodes[0], "get", "http://127.0.0.1:9591/metrics")
+	if err != nil || strings.Contains(metrics, `culvert_node_plain_packets_total{kind="in_pods"} 0`) || !strings.Contains(metrics, `culvert_node_plain_packets_total{kind="in_pods"}`) ||
+		!strings.Contains(metrics, `culvert_node_handshake_age_seconds{node="`+w.Nodes[1].Name+`"}`) {
+		t.Errorf("metrics: %v: %s", err, metrics)
+	}
+	program := filepath.Join(t.TempDir(), "culvert")
+	if out, err := exec.Command("go", "build", "-o", program, "github.com/culvert-vpn/culvert/cmd/culvert").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), clustertest.Try)
+	defer cancel()
+	status, err := exec.CommandContext(ctx, program, "status", "--kubeconfig", w.Kubeconfig()).CombinedOutput()
+	if err != nil {
+		t.Errorf("culvert status: %v: %s", err, status)
+	}
+	for _, want := range []string{
+		fmt.Sprintf("Encryption between nodes: %d of %[1]d nodes ready (scope All, Strict, enforced: True)", len(w.Nodes)),
+		"dropped: " + node + ": arrived in the clear with a pod's or site's source (in_pods), first from ",
+		`exempt: "API server" tcp 172.30.0.10:`,
+	} {
+		if !strings.Contains(string(status), want) {
+			t.Errorf("culvert status does not say %q:\n%s", want, status)
+		}
+	}
+}
