@@ -66,7 +66,7 @@ Installed as kubectl-culvert it is a plug-in of kubectl: kubectl culvert status.
 	root.SetErr(s.Err)
 	root.SetVersionTemplate("culvert {{.Version}}\n")
 	root.AddCommand(tunnel.Commands()...)
-	root.AddCommand(tunnel.NewJoin(), newGateway(), newOperator(), newAgent(), newGuard(), newValidate(), newPlan(), newStatus(), newDoctor(), newDevice(), newKeygen(), newDemo(), newCRDs())
+	root.AddCommand(newJoin(), newGateway(), newOperator(), newAgent(), newGuard(), newValidate(), newPlan(), newStatus(), newDoctor(), newDevice(), newKeygen(), newDemo(), newCRDs())
 	asPlugin(root, s.Program)
 	return root
 }

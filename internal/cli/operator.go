@@ -2,7 +2,9 @@ package cli
 
 import (
 	"fmt"
+	"net"
 	"os"
+	"strconv"
 	"strings"
 
 	"github.com/spf13/cobra"
@@ -21,6 +23,10 @@ type operatorFlags struct {
 	serviceAccount string
 	pullPolicy     string
 	gatewayPod     string
+	hubPod         string
+	featureGates   []string
+	frontService   string
+	frontRoutes    string
 	log            process.LogOptions
 }
 
@@ -43,6 +49,10 @@ says so in its conditions, with the field and the way out:
 
   kubectl get vgw,sites,devices -A
   kubectl describe site berlin
+
+For every RemoteCluster it makes hubs, called culvert-hub-NAME, and writes the front's table.
+The feature gate ReversedTunnel turns that off, and the annotation
+culvert.dev/reversed-tunnel on an object, true or false, overrides the gate.
 
 Of several operators one leads, by a Lease in --namespace; the others wait. It reads no
 Secret but those of devices that it made itself, by name.`,
@@ -69,6 +79,12 @@ Secret but those of devices that it made itself, by name.`,
 	f.StringVar(&flags.gatewayPod, "gateway-pod", "", "YAML file with a pod template that is merged into the gateways' (containers culvert and ipsec)")
 	f.StringVar(&opts.Workload.ClusterRole, "gateway-cluster-role", "culvert-gateway", "ClusterRole that every gateway's service account is bound to")
 	f.StringVar(&flags.serviceAccount, "service-account", "", "the operator's own, NAMESPACE/NAME, which it grants single Secrets; empty: culvert-operator in --namespace; none: it may read them already")
+	f.StringVar(&flags.hubPod, "hub-pod", "", "YAML file with a pod template that is merged into the hubs' (container culvert)")
+	f.StringSliceVar(&flags.featureGates, "feature-gates", nil, "NAME=true|false, repeated or comma-separated: "+gateReversedTunnel+" (default true)")
+	f.StringVar(&opts.Tunnel.Address, "front-address", "", "host:port where remote clusters dial, unless a RemoteCluster says otherwise; empty: that of --front-service")
+	f.StringVar(&opts.Tunnel.Domain, "front-domain", "hubs.culvert.internal", "DNS domain that hubs' server names are made below; it need not exist")
+	f.StringVar(&flags.frontService, "front-service", "", "the front's Service, NAMESPACE/NAME, whose load balancer's address is taken")
+	f.StringVar(&flags.frontRoutes, "front-routes", "", "ConfigMap for the front's table, NAMESPACE/NAME; empty: there is no front")
 	f.BoolVar(&opts.Cilium, "cilium", false, "for gateways with nodeLink: CiliumEndpoint: keep their ranges in Cilium's CiliumEndpoints and in the ConfigMap kube-system/ip-masq-agent")
 	f.StringVar(&opts.HTTP, "http", ":9587", "address:port for /healthz, /readyz and /metrics; empty: none")
 	f.BoolVar(&opts.PProf, "pprof", false, "serve /debug/pprof beside the metrics")
@@ -90,14 +106,15 @@ func (f *operatorFlags) complete(o *operator.Options) error {
 	default:
 		return usage.Errorf("--image-pull-policy %q: use Always, IfNotPresent or Never", f.pullPolicy)
 	}
-	if f.gatewayPod != "" {
-		text, err := os.ReadFile(f.gatewayPod)
-		if err != nil {
-			return fmt.Errorf("--gateway-pod: %w", err)
-		}
-		if o.Workload.Pod, err = yaml.YAMLToJSON(text); err != nil {
-			return fmt.Errorf("--gateway-pod %s: %w", f.gatewayPod, err)
-		}
+	var err error
+	if o.Workload.Pod, err = podTemplate("--gateway-pod", f.gatewayPod); err != nil {
+		return err
+	}
+	if o.Workload.HubPod, err = podTemplate("--hub-pod", f.hubPod); err != nil {
+		return err
+	}
+	if err := f.tunnel(o); err != nil {
+		return err
 	}
 	config, namespace, err := f.kube.Config()
 	if err != nil {
@@ -117,6 +134,62 @@ func (f *operatorFlags) complete(o *operator.Options) error {
 			return usage.Errorf("--service-account %q: write NAMESPACE/NAME, or none", f.serviceAccount)
 		}
 		o.ServiceAccount = model.ID{Namespace: ns, Name: name}
+	}
+	return nil
+}
+
+// podTemplate reads a file as JSON; nil: there is none.
+func podTemplate(flag, file string) ([]byte, error) {
+	if file == "" {
+		return nil, nil
+	}
+	text, err := os.ReadFile(file)
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", flag, err)
+	}
+	template, err := yaml.YAMLToJSON(text)
+	if err != nil {
+		return nil, fmt.Errorf("%s %s: %w", flag, file, err)
+	}
+	return template, nil
+}
+
+// gateReversedTunnel is the feature gate of RemoteClusters.
+const gateReversedTunnel = "ReversedTunnel"
+
+// tunnel turns the flags about RemoteClusters into options.
+func (f *operatorFlags) tunnel(o *operator.Options) error {
+	o.Tunnel.Enabled = true
+	for _, gate := range f.featureGates {
+		name, value, _ := strings.Cut(gate, "=")
+		on, err := strconv.ParseBool(value)
+		if err != nil || name != gateReversedTunnel {
+			return usage.Errorf("--feature-gates %q: write %s=true or %[2]s=false; there is no other gate", gate, gateReversedTunnel)
+		}
+		o.Tunnel.Enabled = on
+	}
+	for _, x := range []struct {
+		flag, value string
+		into        *model.ID
+	}{{"--front-service", f.frontService, &o.Tunnel.Service}, {"--front-routes", f.frontRoutes, &o.Tunnel.Routes}} {
+		ns, name, ok := strings.Cut(x.value, "/")
+		switch {
+		case x.value == "":
+			continue
+		case !ok || ns == "" || name == "":
+			return usage.Errorf("%s %q: write NAMESPACE/NAME", x.flag, x.value)
+		case !o.Tunnel.Enabled:
+			return usage.Errorf("%s with --feature-gates %s=false: the front leads to nothing but hubs: turn the gate on, or leave the front out (chart: featureGates.%[2]s, front.enabled)", x.flag, gateReversedTunnel)
+		}
+		*x.into = model.ID{Namespace: ns, Name: name}
+	}
+	if a := o.Tunnel.Address; a != "" {
+		if _, _, err := net.SplitHostPort(a); err != nil {
+			return usage.Errorf("--front-address %q: write host:port, such as tunnel.example.com:443", a)
+		}
+	}
+	if o.Tunnel.Domain == "" {
+		return usage.Errorf("--front-domain is empty: write a DNS domain; it need not exist")
 	}
 	return nil
 }

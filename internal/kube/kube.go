@@ -11,6 +11,7 @@ import (
 	"os"
 	"strings"
 
+	appsv1 "k8s.io/api/apps/v1"
 	coordinationv1 "k8s.io/api/coordination/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
@@ -95,7 +96,7 @@ func orDefault(namespace string) string {
 func NewScheme() (*runtime.Scheme, error) {
 	s := runtime.NewScheme()
 	for _, add := range []func(*runtime.Scheme) error{
-		corev1.AddToScheme, discoveryv1.AddToScheme, coordinationv1.AddToScheme, eventsv1.AddToScheme, v1alpha1.AddToScheme,
+		corev1.AddToScheme, discoveryv1.AddToScheme, coordinationv1.AddToScheme, appsv1.AddToScheme, eventsv1.AddToScheme, v1alpha1.AddToScheme,
 	} {
 		if err := add(s); err != nil {
 			return nil, err
@@ -117,6 +118,7 @@ var kinds = []struct {
 	{v1alpha1.GroupVersion, "RemoteCluster", "remoteclusters", true},
 	{v1alpha1.GroupVersion, "NodeEncryption", "nodeencryptions", false},
 	{v1alpha1.GroupVersion, "NodeTunnel", "nodetunnels", false},
+	{appsv1.SchemeGroupVersion, "StatefulSet", "statefulsets", true},
 	{corev1.SchemeGroupVersion, "Service", "services", true},
 	{corev1.SchemeGroupVersion, "Secret", "secrets", true},
 	{corev1.SchemeGroupVersion, "ConfigMap", "configmaps", true},

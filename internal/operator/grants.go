@@ -6,6 +6,8 @@ import (
 	"maps"
 	"slices"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/workload"
@@ -140,6 +142,31 @@ func sameGateway(a, b map[string]string) bool {
 	return a[workload.LabelGateway] == b[workload.LabelGateway] && a[workload.LabelGatewayNamespace] == b[workload.LabelGatewayNamespace]
 }
 
+// hubsUnwanted reports whether hubs' objects that are not desired can go: their RemoteCluster
+// is accepted, or off, or gone. Of one that is refused nothing is deleted.
+func (r *round) hubsUnwanted(ctx context.Context, m metav1.ObjectMeta, live *map[model.ID]bool) bool {
+	if *live == nil {
+		*live = map[model.ID]bool{}
+		var list v1alpha1.RemoteClusterList
+		if err := r.Live.List(ctx, &list); err != nil {
+			r.Logger.Warn("cannot look for remote clusters; nothing of theirs is pruned", "error", err)
+			*live = nil
+			return false
+		}
+		for i := range list.Items {
+			if o := &list.Items[i]; r.refused(idOf(o)) || r.seen.remotes[idOf(o)] == nil {
+				(*live)[idOf(o)] = true
+			}
+		}
+	}
+	for id := range *live {
+		if id.Namespace == m.Namespace && sameRemote(m.Labels, workload.HubLabels(id)) {
+			return false
+		}
+	}
+	return true
+}
+
 // prune deletes what nobody asks for any more. Of a gateway that is there but refused
 // nothing is deleted: it may be running.
 func (r *round) prune(ctx context.Context) error {
@@ -157,8 +184,12 @@ func (r *round) prune(ctx context.Context) error {
 		return cmp.Or(cmp.Compare(a.key.kind.Kind, b.key.kind.Kind), cmp.Compare(a.key.namespace, b.key.namespace), cmp.Compare(a.key.name, b.key.name))
 	})
 	var live *v1alpha1.VPNGatewayList
+	var liveRemotes map[model.ID]bool
 	list = slices.DeleteFunc(list, func(d doomed) bool {
 		labels := d.meta.Labels
+		if labels[workload.LabelRemoteCluster] != "" {
+			return !r.hubsUnwanted(ctx, d.meta, &liveRemotes)
+		}
 		if labels[workload.LabelGateway] == "" {
 			return labels[workload.LabelComponent] != workload.ComponentGrant
 		}

@@ -39,6 +39,7 @@ type Config struct {
 	// ServiceCIDRs says that the API server has the kind (Kubernetes 1.33).
 	ServiceCIDRs bool
 	Workload     workload.Options
+	Tunnel       Tunnel // what becomes of RemoteClusters
 	// ServiceAccount is the operator's own: it grants itself single Secrets. No name: it
 	// needs no grant.
 	ServiceAccount model.ID
@@ -64,7 +65,9 @@ type Operator struct {
 	forgotAt time.Time
 	// fallback are the ranges that were worked out from the kubernetes Service.
 	fallback fallbackRanges
-	process  string // of this process alone
+	written  writtenTable // of the front
+	waiting  bool         // for something that no event tells of
+	process  string       // of this process alone
 }
 
 // forgetAfter is how long what was done is believed without looking again.
@@ -102,6 +105,7 @@ type round struct {
 	kept     map[model.Ref]bool
 	gateways map[model.ID]*gatewayState // accepted ones
 	devices  map[model.ID]*deviceState  // of accepted gateways, accepted
+	remotes  map[model.ID]*remoteState  // accepted ones that have hubs
 	desired  map[objectKey]bool         // everything that is to exist
 }
 
@@ -145,15 +149,22 @@ func (o *Operator) Round(ctx context.Context) error {
 	}
 	r.parse()
 	r.tellCilium()
+	o.waiting = false
+	if err := r.findRemotes(ctx); err != nil {
+		return err
+	}
 	var errs []error
 	for _, step := range []func(context.Context) error{
 		r.orphanedClaims, // addresses of devices that are gone
 		r.claims,         // an address for each device
 		r.grants,         // who may read which Secret: before anybody needs it
 		r.workloads,      // what gateways consist of
+		r.hubs,           // what the hubs of remote clusters consist of
+		r.routes,         // the front's table
 		r.deviceSecrets,  // key pairs and configurations
 		r.status,         // what people see, and what gateways read
 		r.departed,       // what pods said that are gone for good
+		r.departedHubs,   // and what hubs said
 		r.releasedClaims, // addresses that no status shows any more
 		r.prune,          // what nobody asks for any more
 	} {

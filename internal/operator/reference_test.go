@@ -16,6 +16,7 @@ func TestConditionsAreExplained(t *testing.T) {
 	n := 0
 	for file, reason := range map[string]string{
 		"status.go":              `reason\w+\s+= "(\w+)"`,
+		"remote.go":              `reason\w+\s+= "(\w+)"`,
 		"../model/parse.go":      `Reason\w+\s+= "(\w+)"`,
 		"../ipsec/failure.go":    `Reason\w+\s+Reason = "(\w+)"`,
 		"../gateway/standing.go": `verdict\{\w+, "(\w+)"`,

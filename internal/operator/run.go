@@ -50,6 +50,7 @@ type Options struct {
 	// NoLeaderElection runs at once, for tests and for a terminal.
 	NoLeaderElection bool
 	Workload         workload.Options
+	Tunnel           Tunnel   // what becomes of RemoteClusters
 	ServiceAccount   model.ID // the operator's own, see Config
 	Cilium           bool     // tell Cilium of gateways with nodeLink: CiliumEndpoint
 	HTTP             string   // address of health and metrics; empty: none
@@ -73,7 +74,8 @@ const (
 	gatherPause = 50 * time.Millisecond // events that come together are answered together
 	retryFirst  = 100 * time.Millisecond
 	retryLast   = 30 * time.Second
-	lookAgain   = time.Minute // without any event
+	lookAgain   = time.Minute     // without any event
+	lookSoon    = 3 * time.Second // while something is awaited that no event tells of
 )
 
 // Requests per second and at once: a thousand devices that come at once take three each.
@@ -173,7 +175,7 @@ func cacheOptions() cache.Options {
 	return cache.Options{
 		DefaultTransform: cache.TransformStripManagedFields(),
 		ByObject: map[client.Object]cache.ByObject{
-			&appsv1.StatefulSet{}: made, &corev1.ServiceAccount{}: made, &corev1.Service{}: made, &policyv1.PodDisruptionBudget{}: made,
+			&appsv1.StatefulSet{}: {Label: made.Label, Transform: slimSet}, &corev1.ServiceAccount{}: made, &corev1.Service{}: made, &policyv1.PodDisruptionBudget{}: made,
 			&rbacv1.Role{}: made, &rbacv1.RoleBinding{}: made, &rbacv1.ClusterRoleBinding{}: made,
 			&coordinationv1.Lease{}: claims,
 			&corev1.Node{}:          {Transform: slimNode},
@@ -193,6 +195,18 @@ func slimNode(o any) (any, error) {
 	slim := &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: n.Name, UID: n.UID, ResourceVersion: n.ResourceVersion, Labels: n.Labels}}
 	slim.Spec.PodCIDR, slim.Spec.PodCIDRs = n.Spec.PodCIDR, n.Spec.PodCIDRs
 	slim.Status.Addresses = n.Status.Addresses
+	return slim, nil
+}
+
+// slimSet leaves of a StatefulSet what is looked at.
+func slimSet(o any) (any, error) {
+	s, ok := o.(*appsv1.StatefulSet)
+	if !ok {
+		return o, nil
+	}
+	slim := &appsv1.StatefulSet{ObjectMeta: s.ObjectMeta}
+	slim.ManagedFields = nil
+	slim.Status.ReadyReplicas = s.Status.ReadyReplicas
 	return slim, nil
 }
 
@@ -221,7 +235,7 @@ func (l *loop) add(m manager.Manager, o Options) error {
 	l.operator = New(Config{
 		Behind: behind,
 		Cached: m.GetCache(), Live: m.GetAPIReader(), Writer: m.GetClient(), ServiceCIDRs: serviceCIDRs,
-		Workload: o.Workload, ServiceAccount: o.ServiceAccount, Logger: o.Logger,
+		Workload: o.Workload, Tunnel: o.Tunnel, ServiceAccount: o.ServiceAccount, Logger: o.Logger,
 		Event: func(obj runtime.Object, warning bool, reason, message string) {
 			kind := corev1.EventTypeNormal
 			if warning {
@@ -237,7 +251,7 @@ func (l *loop) add(m manager.Manager, o Options) error {
 		return fmt.Errorf("operator: %w", err)
 	}
 	watched := []client.Object{
-		&v1alpha1.VPNGateway{}, &v1alpha1.Site{}, &v1alpha1.Device{}, &corev1.Node{}, &corev1.Service{}, &discoveryv1.EndpointSlice{},
+		&v1alpha1.VPNGateway{}, &v1alpha1.Site{}, &v1alpha1.Device{}, &v1alpha1.RemoteCluster{}, &appsv1.StatefulSet{}, &corev1.Node{}, &corev1.Service{}, &discoveryv1.EndpointSlice{},
 	}
 	for _, kind := range append(ownedKinds, leaseKind) {
 		p := &metav1.PartialObjectMetadata{}
@@ -287,6 +301,9 @@ func (l *loop) Reconcile(ctx context.Context, _ everything) (reconcile.Result, e
 	if !l.said {
 		l.said = true
 		l.log.Info("leading; everything is as it should be", "took", time.Since(start).Round(time.Millisecond).String())
+	}
+	if l.operator.waiting {
+		return reconcile.Result{RequeueAfter: lookSoon}, nil
 	}
 	return reconcile.Result{RequeueAfter: lookAgain}, nil
 }

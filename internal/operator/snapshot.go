@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"slices"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
 	networkingv1 "k8s.io/api/networking/v1"
@@ -21,18 +22,21 @@ import (
 // snapshot is what the cluster holds, as far as it matters here. Nothing of it may be
 // changed: the cache shares it.
 type snapshot struct {
-	objects  model.Objects // gateways, sites, devices; without those that are being deleted
+	objects  model.Objects // gateways, sites, devices, remote clusters; without those that are being deleted
 	gateways map[model.ID]*v1alpha1.VPNGateway
 	sites    map[model.ID]*v1alpha1.Site
 	devices  map[model.ID]*v1alpha1.Device // those that are being deleted, too
+	remotes  map[model.ID]*v1alpha1.RemoteCluster
 
 	nodes        []corev1.Node
 	serviceCIDRs []networkingv1.ServiceCIDR
 	apiServers   []netip.Addr
 
 	services map[model.ID]*corev1.Service // of gateways
-	claims   map[string]heldClaim         // by namespace/name of the Lease
-	owned    map[objectKey]ownedObject    // what the operator made, claims excepted
+	// readyHubs is how many pods of a StatefulSet are ready, where any are.
+	readyHubs map[model.ID]int32
+	claims    map[string]heldClaim      // by namespace/name of the Lease
+	owned     map[objectKey]ownedObject // what the operator made, claims excepted
 }
 
 // objectKey names an object of any kind.
@@ -55,7 +59,6 @@ type heldClaim struct {
 
 // ownedKinds are the kinds of what the operator makes. Of most only the metadata is read.
 var ownedKinds = []schema.GroupVersionKind{
-	{Group: "apps", Version: "v1", Kind: "StatefulSet"},
 	{Group: "", Version: "v1", Kind: "ServiceAccount"},
 	{Group: "policy", Version: "v1", Kind: "PodDisruptionBudget"},
 	{Group: "rbac.authorization.k8s.io", Version: "v1", Kind: "Role"},
@@ -72,6 +75,7 @@ var ours = client.MatchingLabels{workload.LabelManagedBy: workload.Operator}
 func (o *Operator) gather(ctx context.Context) (*snapshot, error) {
 	s := &snapshot{
 		gateways: map[model.ID]*v1alpha1.VPNGateway{}, sites: map[model.ID]*v1alpha1.Site{}, devices: map[model.ID]*v1alpha1.Device{},
+		remotes: map[model.ID]*v1alpha1.RemoteCluster{}, readyHubs: map[model.ID]int32{},
 		services: map[model.ID]*corev1.Service{}, claims: map[string]heldClaim{}, owned: map[objectKey]ownedObject{},
 	}
 	for _, read := range []func(context.Context, *snapshot) error{o.gatherObjects, o.gatherCluster, o.gatherOwned, o.gatherClaims} {
@@ -96,7 +100,8 @@ func (o *Operator) gatherObjects(ctx context.Context, s *snapshot) error {
 	var gateways v1alpha1.VPNGatewayList
 	var sites v1alpha1.SiteList
 	var devices v1alpha1.DeviceList
-	for _, l := range []client.ObjectList{&gateways, &sites, &devices} {
+	var remotes v1alpha1.RemoteClusterList
+	for _, l := range []client.ObjectList{&gateways, &sites, &devices, &remotes} {
 		if err := o.list(ctx, l); err != nil {
 			return err
 		}
@@ -119,6 +124,11 @@ func (o *Operator) gatherObjects(ctx context.Context, s *snapshot) error {
 	for i := range devices.Items {
 		x := &devices.Items[i]
 		s.devices[idOf(x)] = x
+		add(x)
+	}
+	for i := range remotes.Items {
+		x := &remotes.Items[i]
+		s.remotes[idOf(x)] = x
 		add(x)
 	}
 	return nil
@@ -168,6 +178,15 @@ func (o *Operator) gatherOwned(ctx context.Context, s *snapshot) error {
 			m := l.Items[i].ObjectMeta
 			s.owned[objectKey{kind.GroupKind(), m.Namespace, m.Name}] = ownedObject{m, kind.Version}
 		}
+	}
+	var sets appsv1.StatefulSetList
+	if err := o.list(ctx, &sets, ours); err != nil {
+		return err
+	}
+	for i := range sets.Items {
+		x := &sets.Items[i]
+		s.readyHubs[idOf(x)] = x.Status.ReadyReplicas
+		s.owned[objectKey{schema.GroupKind{Group: "apps", Kind: "StatefulSet"}, x.Namespace, x.Name}] = ownedObject{x.ObjectMeta, "v1"}
 	}
 	var services corev1.ServiceList
 	if err := o.list(ctx, &services, ours); err != nil {

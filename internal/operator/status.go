@@ -42,10 +42,15 @@ type verdict struct {
 	// ready is false for what names a gateway that is not there, and nil for everything else:
 	// then the gateway says it.
 	ready *metav1.Condition
+	// only takes the place of all these, for kinds with other conditions.
+	only []metav1.Condition
 }
 
 // conditions lists them.
 func (v verdict) conditions() []metav1.Condition {
+	if v.only != nil {
+		return v.only
+	}
 	list := []metav1.Condition{v.accepted, v.resolved}
 	if v.ready != nil {
 		list = append(list, *v.ready)
@@ -149,6 +154,11 @@ func (r *round) status(ctx context.Context) error {
 			writes = append(writes, w)
 		}
 	}
+	for id, o := range r.seen.remotes {
+		if w, ok := r.remoteStatus(id, o); ok {
+			writes = append(writes, w)
+		}
+	}
 	slices.SortFunc(writes, func(a, b statusWrite) int {
 		return compareStrings(a.kind+"/"+idOf(a.object).String(), b.kind+"/"+idOf(b.object).String())
 	})
@@ -157,7 +167,7 @@ func (r *round) status(ctx context.Context) error {
 
 // sameVerdict reports whether the conditions say what is to be said.
 func sameVerdict(v verdict, have []metav1.Condition) bool {
-	if c := meta.FindStatusCondition(have, v1alpha1.ConditionReady); v.ready == nil && c != nil && c.Reason == model.ReasonMissingReference {
+	if c := meta.FindStatusCondition(have, v1alpha1.ConditionReady); v.only == nil && v.ready == nil && c != nil && c.Reason == model.ReasonMissingReference {
 		return false
 	}
 	for _, c := range v.conditions() {
@@ -325,9 +335,16 @@ func (r *round) onlyOthersWrote(ctx context.Context, seen client.Object, u *unst
 
 // tell makes an event of a turn that people may have to do something about, and of its end.
 func (r *round) tell(w statusWrite) {
-	for _, c := range []metav1.Condition{w.verdict.accepted, w.verdict.resolved} {
+	list := []metav1.Condition{w.verdict.accepted, w.verdict.resolved}
+	if w.verdict.only != nil {
+		list = w.verdict.only
+	}
+	for _, c := range list {
 		old := meta.FindStatusCondition(w.have, c.Type)
 		switch {
+		case c.Type == v1alpha1.ConditionReady, c.Type == v1alpha1.ConditionConnected && old == nil: // told by others, or still to come
+		case c.Type == v1alpha1.ConditionConnected && c.Status == metav1.ConditionTrue && old.Status != c.Status:
+			r.Event(w.object, false, c.Reason, "spokes are connected")
 		case c.Status == metav1.ConditionFalse && (old == nil || old.Status != c.Status || old.Reason != c.Reason):
 			r.Event(w.object, true, c.Reason, c.Message)
 		case c.Status == metav1.ConditionTrue && old != nil && old.Status != c.Status:

@@ -97,7 +97,7 @@ func (c *Client) watchOnce(ctx context.Context, path string, changed func(json.R
 			Object json.RawMessage `json:"object"`
 		}
 		if err := d.Decode(&event); err != nil {
-			return nil //nolint:nilerr // ended, by whoever: begin anew
+			return nil // ended, by whoever: begin anew
 		}
 		switch event.Type {
 		case "ADDED", "MODIFIED":

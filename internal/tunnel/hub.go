@@ -64,7 +64,9 @@ type manifestFiles struct {
 	name string // which RemoteCluster
 }
 
-func (f *manifestFiles) Find() (*model.RemoteCluster, error) { return FindRemoteCluster(f.Files, f.name) }
+func (f *manifestFiles) Find() (*model.RemoteCluster, error) {
+	return FindRemoteCluster(f.Files, f.name)
+}
 
 // hubLoop is a running hub.
 type hubLoop struct {
@@ -117,7 +119,7 @@ func RunHub(ctx context.Context, opts HubOptions) error {
 		g.Stop()
 		return errors.Join(err, g.Wait())
 	}
-	if err := opts.serveHTTP(g, registry, h.hub.Ready, http.HandlerFunc(h.status)); err != nil {
+	if err := opts.serveHTTP(g, registry, h.ready(), http.HandlerFunc(h.status)); err != nil {
 		g.Stop()
 		return errors.Join(err, g.Wait())
 	}
@@ -126,7 +128,7 @@ func RunHub(ctx context.Context, opts HubOptions) error {
 		g.Go("report", func(ctx context.Context) error { h.report(ctx); return nil })
 	}
 	settleMemory()
-	opts.Logger.Info("hub runs", "remoteCluster", c.ID, "uid", h.uid, "replica", h.opts.Replica, "serverName", wire.HubServerName(h.uid, h.opts.Replica, c.FrontName), "spokes", opts.Spokes, "clients", opts.Clients)
+	opts.Logger.Info("hub runs", "remoteCluster", c.ID.String(), "uid", h.uid, "replica", h.opts.Replica, "serverName", wire.HubServerName(h.uid, h.opts.Replica, c.FrontName), "spokes", opts.Spokes, "clients", opts.Clients)
 	return g.Wait()
 }
 
@@ -190,6 +192,30 @@ func proxyListener(l net.Listener, from []netip.Prefix) net.Listener {
 			}
 			return proxyproto.SKIP, nil
 		},
+	}
+}
+
+// readyAnyway is when a hub in a pod is ready without a spoke: a StatefulSet stops at a pod
+// that is not ready, and could not be updated before somebody has joined.
+const readyAnyway = 30 * time.Second
+
+// ready reports whether a stream could be opened.
+func (h *hubLoop) ready() func() error {
+	if h.opts.Cluster == nil {
+		return h.hub.Ready
+	}
+	var mu sync.Mutex
+	since := time.Now() // without a spoke
+	return func() error {
+		err := h.hub.Ready()
+		mu.Lock()
+		defer mu.Unlock()
+		if err == nil {
+			since = time.Now()
+		} else if time.Since(since) > readyAnyway {
+			return nil
+		}
+		return err
 	}
 }
 

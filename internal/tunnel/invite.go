@@ -8,6 +8,7 @@ import (
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/pki"
+	"github.com/culvert-vpn/culvert/internal/reverse/wire"
 	"github.com/culvert-vpn/culvert/internal/source/manifests"
 )
 
@@ -38,17 +39,24 @@ func Invite(opts HubOptions, role pki.Role, name string) (*Invitation, error) {
 	if err != nil {
 		return nil, err
 	}
+	if role == pki.Spoke {
+		clients = spokes
+	}
+	return s.Invite(c, pki.Identity{UID: uid, Role: role, Name: name}, clients)
+}
+
+// Invite makes an invitation for whom the identity names; hubs is where these reach them.
+func (s *State) Invite(c *model.RemoteCluster, id pki.Identity, hubs []wire.HubAddress) (*Invitation, error) {
 	now := time.Now()
-	token, trusted, err := s.NewToken(pki.Identity{UID: uid, Role: role, Name: name}, now)
+	token, trusted, err := s.NewToken(id, now)
 	if err != nil {
 		return nil, err
 	}
 	i := &Invitation{
-		RemoteCluster: c.ID.String(), UID: uid, Role: role, Name: name, Hubs: clients,
+		RemoteCluster: c.ID.String(), UID: id.UID, Role: id.Role, Name: id.Name, Hubs: hubs,
 		Authorities: EncodeAuthorities(trusted), Token: token, Expires: now.Add(pki.TokenLifetime).UTC().Truncate(time.Second),
 	}
-	if role == pki.Spoke {
-		i.Hubs = spokes
+	if id.Role == pki.Spoke {
 		i.Targets = targetsOf(c)
 	}
 	return i, nil

@@ -324,7 +324,7 @@ const membershipName = "membership.json"
 func (k PodKeeper) Load(ctx context.Context) (*Membership, error) {
 	var o secretObject
 	if err := k.API.Get(ctx, podapi.Secret(k.API.Namespace(), k.Secret), &o); err != nil {
-		return nil, fmt.Errorf("Secret %s/%s: %w", k.API.Namespace(), k.Secret, err) //nolint:staticcheck // a kind's name
+		return nil, fmt.Errorf("Secret %s/%s: %w", k.API.Namespace(), k.Secret, err)
 	}
 	b := o.Data[membershipName]
 	if len(b) == 0 {
@@ -332,7 +332,7 @@ func (k PodKeeper) Load(ctx context.Context) (*Membership, error) {
 	}
 	var m Membership
 	if err := json.Unmarshal(b, &m); err != nil {
-		return nil, fmt.Errorf("Secret %s/%s: %s is damaged: restore it, or remove it and join again", k.API.Namespace(), k.Secret, membershipName) //nolint:staticcheck // a kind's name
+		return nil, fmt.Errorf("Secret %s/%s: %s is damaged: restore it, or remove it and join again", k.API.Namespace(), k.Secret, membershipName)
 	}
 	return &m, nil
 }
@@ -359,7 +359,7 @@ func (k PodKeeper) Save(ctx context.Context, m *Membership) error {
 		}
 	}
 	if err != nil {
-		return fmt.Errorf("Secret %s/%s: %w", k.API.Namespace(), k.Secret, err) //nolint:staticcheck // a kind's name
+		return fmt.Errorf("Secret %s/%s: %w", k.API.Namespace(), k.Secret, err)
 	}
 	return nil
 }

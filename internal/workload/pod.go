@@ -62,15 +62,15 @@ func statefulSet(gw *model.Gateway, meta metav1.ObjectMeta, o Options) (*appsv1.
 func overlay(template corev1.PodTemplateSpec, patch []byte) (corev1.PodTemplateSpec, error) {
 	base, err := json.Marshal(template)
 	if err != nil {
-		return template, fmt.Errorf("gateway pod template: %w", err)
+		return template, fmt.Errorf("pod template: %w", err)
 	}
 	both, err := strategicpatch.StrategicMergePatch(base, patch, template)
 	if err != nil {
-		return template, fmt.Errorf("gateway pod template: the operator's --gateway-pod file does not fit: %w", err)
+		return template, fmt.Errorf("pod template: the operator's --gateway-pod or --hub-pod file does not fit: %w", err)
 	}
 	var out corev1.PodTemplateSpec
 	if err := json.Unmarshal(both, &out); err != nil {
-		return template, fmt.Errorf("gateway pod template: the operator's --gateway-pod file does not fit: %w", err)
+		return template, fmt.Errorf("pod template: the operator's --gateway-pod or --hub-pod file does not fit: %w", err)
 	}
 	return out, nil
 }
@@ -191,17 +191,22 @@ func volumes() []corev1.Volume {
 		{Name: "tun", VolumeSource: corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{
 			Path: "/dev/net/tun", Type: new(corev1.HostPathCharDev),
 		}}},
-		{Name: "token", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{
-			{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Path: "token", ExpirationSeconds: new(int64(tokenSeconds))}},
-			{ConfigMap: &corev1.ConfigMapProjection{
-				LocalObjectReference: corev1.LocalObjectReference{Name: "kube-root-ca.crt"},
-				Items:                []corev1.KeyToPath{{Key: "ca.crt", Path: "ca.crt"}},
-			}},
-			{DownwardAPI: &corev1.DownwardAPIProjection{Items: []corev1.DownwardAPIVolumeFile{{
-				Path: "namespace", FieldRef: &corev1.ObjectFieldSelector{APIVersion: "v1", FieldPath: "metadata.namespace"},
-			}}}},
-		}}}},
+		tokenVolume(),
 	}
+}
+
+// tokenVolume is what Kubernetes itself mounts, in the one container that needs it.
+func tokenVolume() corev1.Volume {
+	return corev1.Volume{Name: "token", VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{
+		{ServiceAccountToken: &corev1.ServiceAccountTokenProjection{Path: "token", ExpirationSeconds: new(int64(tokenSeconds))}},
+		{ConfigMap: &corev1.ConfigMapProjection{
+			LocalObjectReference: corev1.LocalObjectReference{Name: "kube-root-ca.crt"},
+			Items:                []corev1.KeyToPath{{Key: "ca.crt", Path: "ca.crt"}},
+		}},
+		{DownwardAPI: &corev1.DownwardAPIProjection{Items: []corev1.DownwardAPIVolumeFile{{
+			Path: "namespace", FieldRef: &corev1.ObjectFieldSelector{APIVersion: "v1", FieldPath: "metadata.namespace"},
+		}}}},
+	}}}}
 }
 
 // disruptionBudget lets a drain take one pod at a time: also the only one, which is back

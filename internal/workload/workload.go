@@ -22,7 +22,7 @@ type Object interface {
 	runtime.Object
 }
 
-// Options are the same for all gateways.
+// Options are the same for all gateways and hubs.
 type Options struct {
 	Image           string            // of both containers; never empty
 	ImagePullPolicy corev1.PullPolicy // empty: the cluster's default
@@ -36,6 +36,8 @@ type Options struct {
 	// Pod is laid over every gateway's pod template as "kubectl patch" does (strategic
 	// merge; containers "culvert" and "ipsec"). Nil: nothing.
 	Pod []byte
+	// HubPod is the same for the pods of hubs (container "culvert").
+	HubPod []byte
 }
 
 func (o Options) owners() []metav1.OwnerReference {

@@ -85,10 +85,20 @@ func TestGateway(t *testing.T) {
 	for _, bad := range []string{"[]", `{"spec":{"containers":"none"}}`} {
 		o := options
 		o.Pod = []byte(bad)
-		if _, err := Gateway(lb, o); err == nil || !strings.Contains(err.Error(), "--gateway-pod file does not fit") {
+		if _, err := Gateway(lb, o); err == nil || !strings.Contains(err.Error(), "file does not fit") {
 			t.Errorf("%s: %v", bad, err)
 		}
 	}
+}
+
+func TestHubs(t *testing.T) {
+	c := &model.RemoteCluster{ID: model.ID{Namespace: "team", Name: "prod"}, Replicas: 2}
+	o := Options{Image: "culvert:test", Owner: &metav1.OwnerReference{Kind: "ClusterRole", Name: "culvert-gateway"}, HubPod: []byte(`{"spec":{"priorityClassName":"high"}}`)}
+	objects, err := Hubs(c, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	golden(t, "hubs", objects)
 }
 
 func TestGrantsAndDevice(t *testing.T) {

@@ -11,6 +11,7 @@ import (
 	"github.com/spf13/pflag"
 
 	"github.com/culvert-vpn/culvert/internal/cli/usage"
+	"github.com/culvert-vpn/culvert/internal/podapi"
 	"github.com/culvert-vpn/culvert/internal/process"
 	"github.com/culvert-vpn/culvert/internal/reverse/front"
 )
@@ -21,6 +22,7 @@ func NewFront() *cobra.Command {
 	var log process.LogOptions
 	var proxyFrom []string
 	var accessLog bool
+	var configMap string
 	cmd := &cobra.Command{
 		Use:   "front --routes FILE",
 		Short: "Run the one public port that sends connections to the right hub",
@@ -61,10 +63,10 @@ way go on for --drain-timeout. A successor may listen on the same port meanwhile
   curl --proxy http://front.example.com:8443 https://h0-3f2a91c4.front.example.com/`,
 		Args: usage.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if o.Routes == "" {
-				return usage.Errorf("--routes is missing: the file with the routing table")
+			err := routesFrom(&o, configMap)
+			if err != nil {
+				return err
 			}
-			var err error
 			if o.ProxyFrom, err = prefixes(proxyFrom); err != nil {
 				return usage.Errorf("--proxy-protocol-from %w", err)
 			}
@@ -88,8 +90,27 @@ way go on for --drain-timeout. A successor may listen on the same port meanwhile
 	f.BoolVar(&accessLog, "access-log", true, "write a JSON line for every connection to standard output")
 	f.StringVar(&log.Level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&log.Format, "log-format", "text", "text or json")
+	f.StringVar(&configMap, "routes-configmap", "", "in a pod: ConfigMap of the pod's namespace with the routing table, followed")
 	frontFlags(f, &o)
 	return cmd
+}
+
+// routesFrom decides where the table comes from.
+func routesFrom(o *front.RunOptions, configMap string) error {
+	switch {
+	case o.Routes == "" && configMap == "":
+		return usage.Errorf("--routes is missing: the file with the routing table")
+	case o.Routes != "" && configMap != "":
+		return usage.Errorf("--routes and --routes-configmap: give one of them")
+	case configMap == "":
+		return nil
+	}
+	api, err := podapi.New("")
+	if err != nil {
+		return err
+	}
+	o.Source = front.NewConfigMap(api, configMap)
+	return nil
 }
 
 // frontFlags are those that need no parsing of our own.

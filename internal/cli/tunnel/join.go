@@ -18,24 +18,31 @@ func NewJoin() *cobra.Command {
 	var role, as string
 	cmd := &cobra.Command{
 		Use:   "join NAME",
-		Short: "Print what a spoke or an egress joins with: a token, once, for an hour",
+		Short: "Print what a remote cluster, a spoke or an egress joins with: a token, once, for an hour",
 		Long: `Prints an invitation to the RemoteCluster NAME (or NAMESPACE/NAME) for 'culvert spoke
 --join FILE' or, with --role client, 'culvert egress --join FILE'. It holds a token that
 works once and for one hour, the authorities that hubs are verified with, and where hubs
-are; no private key: that is made where it is used. Run it where the hub's --state is, with
-the hub's flags.`,
-		Example: `  culvert join prod --manifests /etc/culvert > prod.yaml
+are; no private key: that is made where it is used.
+
+For hubs in a cluster, whose operator made them from the RemoteCluster NAME, it prints the one
+manifest that is to be applied in the remote cluster: namespace, rights, the spokes and
+their invitation. With --role client it is one for the namespace of the RemoteCluster, with what
+'culvert egress' needs there. It needs the right to read and update the Secret with the
+RemoteCluster's authority.
+
+For standalone hubs run it where the hub's --state is, with the hub's flags.`,
+		Example: `  culvert join prod -n team-a | kubectl --context remote apply -f -
+  culvert join prod -n team-a --role client | kubectl apply -f -
+  culvert join revoke prod -n team-a --as spoke-20260301-120000
+  culvert join prod --manifests /etc/culvert > prod.yaml
   culvert join prod --manifests /etc/culvert --role client --as apiserver-0 > egress.yaml
   culvert join certificate prod --manifests /etc/culvert --as prometheus --out ./tls
   culvert join revoke prod --manifests /etc/culvert --as spoke-7`,
 		Args: usage.Exactly("NAME"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			r, err := roleOf(role)
+			r, as, err := Joining(role, as)
 			if err != nil {
 				return err
-			}
-			if as == "" {
-				as = string(r) + "-" + time.Now().UTC().Format("20060102-150405")
 			}
 			opts.Name = args[0]
 			i, err := tunnel.Invite(opts, r, as)
@@ -61,6 +68,15 @@ the hub's flags.`,
 func hubFlags2(cmd *cobra.Command, opts *tunnel.HubOptions) {
 	hubFlags(cmd, opts)
 	_ = cmd.Flags().MarkHidden("name")
+}
+
+// Joining is the role and the name that the flags --role and --as ask for.
+func Joining(role, as string) (pki.Role, string, error) {
+	r, err := roleOf(role)
+	if as == "" {
+		as = string(r) + "-" + time.Now().UTC().Format("20060102-150405")
+	}
+	return r, as, err
 }
 
 func roleOf(s string) (pki.Role, error) {

@@ -7,6 +7,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/culvert-vpn/culvert/internal/cli/usage"
+	"github.com/culvert-vpn/culvert/internal/podapi"
 	"github.com/culvert-vpn/culvert/internal/process"
 	"github.com/culvert-vpn/culvert/internal/tunnel"
 )
@@ -62,8 +63,8 @@ func (c *common) start(cmd *cobra.Command) (tunnel.Common, error) {
 // member are the flags of those who join.
 type member struct {
 	common
-	join, state, instance string
-	least, most           int
+	join, state, secret, instance string
+	least, most                   int
 }
 
 func (m *member) flags(cmd *cobra.Command, http, state string) {
@@ -71,6 +72,7 @@ func (m *member) flags(cmd *cobra.Command, http, state string) {
 	f := cmd.Flags()
 	f.StringVar(&m.join, "join", "", "file that 'culvert join' printed; needed the first time only")
 	f.StringVar(&m.state, "state", state, "directory for the key and certificate")
+	f.StringVar(&m.secret, "state-secret", "", "in a pod: Secret of the pod's namespace that takes the place of --state, for all replicas")
 	f.StringVar(&m.instance, "instance", "", "how this one calls itself; empty: the host's name")
 	f.IntVar(&m.least, "connections", 2, "connections to each hub")
 	f.IntVar(&m.most, "max-connections", 8, "connections to each hub when all carry streams")
@@ -78,7 +80,14 @@ func (m *member) flags(cmd *cobra.Command, http, state string) {
 
 func (m *member) options(cmd *cobra.Command) (tunnel.MemberOptions, error) {
 	c, err := m.start(cmd)
-	return tunnel.MemberOptions{
+	opts := tunnel.MemberOptions{
 		Common: c, Invitation: m.join, Keeper: tunnel.FileKeeper{Dir: m.state}, Instance: m.instance, Least: m.least, Most: m.most,
-	}, err
+	}
+	if err == nil && m.secret != "" {
+		var api *podapi.Client
+		if api, err = podapi.New(""); err == nil {
+			opts.Keeper = tunnel.PodKeeper{API: api, Secret: m.secret}
+		}
+	}
+	return opts, err
 }

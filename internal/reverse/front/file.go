@@ -46,11 +46,10 @@ func oneLine(err error) error {
 type file struct {
 	path string
 	sum  [sha256.Size]byte // of what was read last, good or bad
-	said string            // what was wrong with it last
 }
 
-// read returns the table when the file is not as it was read last.
-func (f *file) read() (t Table, changed bool, err error) {
+// Read implements Source.
+func (f *file) Read() (t Table, changed bool, err error) {
 	data, err := os.ReadFile(f.path)
 	if err != nil {
 		f.sum = [sha256.Size]byte{} // when it is back it counts as changed
@@ -73,11 +72,10 @@ const (
 	pollFile = 2 * time.Second       // what notifications miss: network file systems
 )
 
-// watch calls look whenever the file may have changed, until ctx ends. It watches the
-// directory, since editors replace files and Kubernetes replaces a link beside them. On a
+// Watch implements Source. It watches the directory, since editors replace files and Kubernetes replaces a link beside them. On a
 // host that grants no more inotify instances (fs.inotify.max_user_instances) it looks now
 // and then.
-func (f *file) watch(ctx context.Context, look func()) error {
+func (f *file) Watch(ctx context.Context, look func()) error {
 	events, lost, stop := f.notifications()
 	defer stop()
 	tick := time.NewTicker(pollFile)

@@ -19,6 +19,7 @@ type RunOptions struct {
 	Options // its loggers are made from Logger and AccessLog
 
 	Routes string   // file with the Table, followed
+	Source Source   // takes the place of Routes; nil: the file
 	Listen []string // addresses that take both TLS and CONNECT: "host:port", ":port"
 	HTTP   string   // address for /healthz, /readyz and /metrics; empty: none
 	PProf  bool
@@ -32,11 +33,22 @@ type RunOptions struct {
 	AccessLog io.Writer // a JSON object per connection and line; nil: none
 }
 
+// Source is where a table comes from.
+type Source interface {
+	// Read returns the table when it is not as it was read last.
+	Read() (t Table, changed bool, err error)
+	// Watch calls look whenever the table may have changed, until ctx ends.
+	Watch(ctx context.Context, look func()) error
+}
+
 // Run runs a front until ctx ends, and then until it is drained. A table that is wrong at
 // the start is an error; later the last good one stays in effect.
 func Run(ctx context.Context, o RunOptions) error {
-	source := &file{path: o.Routes}
-	table, _, err := source.read()
+	source := o.Source
+	if source == nil {
+		source = &file{path: o.Routes}
+	}
+	table, _, err := source.Read()
 	if err != nil {
 		return fmt.Errorf("routing table: %w", err)
 	}
@@ -61,7 +73,8 @@ func Run(ctx context.Context, o RunOptions) error {
 		return err
 	}
 	g.Go("routing table", func(ctx context.Context) error {
-		return source.watch(ctx, func() { f.reload(ctx, source) })
+		said := "" // what was wrong with it last
+		return source.Watch(ctx, func() { f.reload(ctx, source, &said) })
 	})
 	g.Go("front", func(context.Context) error {
 		return f.run(ctx, listeners, o, &stopping)
@@ -150,9 +163,9 @@ func sleep(d time.Duration) {
 	}
 }
 
-// reload puts the file into effect if it has changed and is good.
-func (f *Front) reload(ctx context.Context, source *file) {
-	table, changed, err := source.read()
+// reload puts the table into effect if it has changed and is good.
+func (f *Front) reload(ctx context.Context, source Source, said *string) {
+	table, changed, err := source.Read()
 	if !changed {
 		return
 	}
@@ -162,13 +175,13 @@ func (f *Front) reload(ctx context.Context, source *file) {
 	}
 	if err != nil {
 		f.metrics.refusedT.Set(1)
-		if text := err.Error(); text != source.said {
-			source.said = text
+		if text := err.Error(); text != *said {
+			*said = text
 			f.opts.Log.Error("the routing table is not in effect; the last good one stays", "error", err)
 		}
 		return
 	}
-	source.said = ""
+	*said = ""
 	f.metrics.refusedT.Set(0)
 	f.opts.Log.Info("routing table in effect", "routes", len(table.Routes), "changed", routes)
 }

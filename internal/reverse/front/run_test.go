@@ -427,8 +427,8 @@ func TestWatchWithoutNotifications(t *testing.T) {
 	var once sync.Once
 	done := make(chan error, 1)
 	go func() {
-		done <- f.watch(ctx, func() {
-			if _, changed, err := f.read(); changed && err == nil {
+		done <- f.Watch(ctx, func() {
+			if _, changed, err := f.Read(); changed && err == nil {
 				once.Do(func() { close(found) })
 			}
 			select {
