@@ -28,9 +28,13 @@ const (
 	guardAbsent = 15
 )
 
-// talker is a pod that asks for a page again and again, from its first moment on.
-func (w *world) talker(name, node, to string) {
+// talker is a pod that asks for pages again and again, from its first moment on.
+func (w *world) talker(name, node string, to ...string) {
 	w.t.Helper()
+	var gets strings.Builder
+	for _, x := range to {
+		fmt.Fprintf(&gets, "/server get %s & ", x)
+	}
 	w.Apply(fmt.Sprintf(`apiVersion: v1
 kind: Pod
 metadata: {name: %s, namespace: %s}
@@ -41,8 +45,8 @@ spec:
   - name: talker
     image: "%s"
     imagePullPolicy: Never
-    command: [/bin/sh, -c, "while :; do /server get %s; sleep 0.2; done"]
-`, name, namespace, node, cluster.TestImage, to))
+    command: [/bin/sh, -c, "while :; do %ssleep 0.5; done"]
+`, name, namespace, node, cluster.TestImage, gets.String()))
 }
 
 // held sees that our plug-in is behind the network plug-in, or that it is not.
@@ -71,8 +75,6 @@ func (w *world) run(t *testing.T, n *cluster.Node, script string) string {
 func (w *world) boot(t *testing.T) {
 	n, target := w.Nodes[1], url(w.ips("web-" + w.Nodes[0].Name)[0])
 	w.held(t, n, true)
-	w.talker("talker", n.Name, target)
-	w.Wait(namespace, "talker")
 	w.Kubectl("label", "node", n.Name, noAgent+"=")
 	t.Cleanup(func() { _, _ = w.TryKubectl("label", "node", n.Name, noAgent+"-") })
 	labtest.Eventually(t, 40*time.Second, "no agent on "+n.Name, func() error {
@@ -95,7 +97,7 @@ func (w *world) boot(t *testing.T) {
 		t.Fatalf("a guard stands on a node that has just booted: the test proves nothing: %s", out)
 	}
 	labtest.Eventually(t, time.Minute, "pods are refused", func() error {
-		out, err := w.TryKubectl("-n", namespace, "get", "events", "--field-selector", "involvedObject.name=talker", "-o", "jsonpath={.items[*].message}")
+		out, err := w.TryKubectl("-n", namespace, "get", "events", "--field-selector", "involvedObject.name=talker-"+n.Name, "-o", "jsonpath={.items[*].message}")
 		if err == nil && !strings.Contains(out, "guard of the encryption between nodes does not stand") {
 			err = fmt.Errorf("%s", out)
 		}
@@ -127,11 +129,10 @@ func (w *world) boot(t *testing.T) {
 	})
 	time.Sleep(300 * time.Millisecond) // what was under way
 	w.heard()
-	w.Wait(namespace, "talker", "web-"+n.Name)
+	w.Wait(namespace, "talker-"+n.Name, "web-"+n.Name)
 	t.Logf("pods were back %s after the agent was let in", time.Since(start).Round(time.Second))
 	w.works(t, w.requests())
 	w.silence(t, "after the boot")
-	w.Kubectl("-n", namespace, "delete", "pod", "talker", "--grace-period=0", "--force")
 }
 
 // The network configuration follows its owner; kubelet and container runtime may restart.

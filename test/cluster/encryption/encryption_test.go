@@ -245,6 +245,14 @@ func TestEncryption(t *testing.T) {
 		t.Logf("encryption off: %d packets in the clear at %s", len(heard[n.Name]), n.Name)
 	}
 	w.encrypt()
+	// From now on somebody talks all the time, in both families.
+	for i, n := range w.Nodes {
+		to := w.ips("web-" + w.Nodes[(i+1)%len(w.Nodes)].Name)
+		w.talker("talker-"+n.Name, n.Name, url(to[0]), url(to[1]))
+	}
+	for _, n := range w.Nodes {
+		w.Wait(namespace, "talker-"+n.Name)
+	}
 
 	t.Run("steady", func(t *testing.T) {
 		w.works(t, requests)
@@ -266,12 +274,8 @@ func TestEncryption(t *testing.T) {
 		t.Logf("service was back after %s", time.Since(start).Round(time.Millisecond))
 		w.silence(t, "agents killed")
 	})
-	t.Run("upgrade", func(t *testing.T) {
-		w.Kubectl("-n", clustertest.System, "rollout", "restart", "daemonset/culvert-agent")
-		w.Kubectl("-n", clustertest.System, "rollout", "status", "daemonset/culvert-agent", "--timeout=100s")
-		w.works(t, requests)
-		w.silence(t, "upgrade")
-	})
+	t.Run("undone by hand", w.undone)
+	t.Run("upgrade and rollback under load", w.upgrade)
 	t.Run("key rotation", w.rotation)
 	t.Run("network configuration", w.follows)
 	t.Run("boot without an agent", w.boot)
@@ -284,6 +288,37 @@ func TestEncryption(t *testing.T) {
 		}
 		w.works(t, w.requests()) // pods have had new addresses since
 	})
+}
+
+// undone takes parts of it away on one node, while pods talk. What that node's pod and host ask
+// tells whether it is repaired; what leaves is heard everywhere.
+func (w *world) undone(t *testing.T) {
+	n := w.Nodes[0]
+	requests := w.requests()
+	requests = requests[:len(requests)/5]
+	for what, script := range map[string]string{
+		"device deleted": "ip link delete cvtnode0",
+		"guard flushed":  "nft flush table inet culvert-guard",
+		"guard deleted":  "nft delete table inet culvert-guard",
+		"routes flushed": "for t in 19630 19631; do ip -4 route flush table $t; ip -6 route flush table $t; done",
+		"rules deleted":  "for p in 19630 19631 19632; do ip -4 rule del priority $p; ip -6 rule del priority $p; done",
+	} {
+		w.run(t, n, script)
+		start := time.Now()
+		w.works(t, requests)
+		t.Logf("%s: all answered %s later", what, time.Since(start).Round(time.Millisecond))
+		w.silence(t, what)
+	}
+}
+
+// upgrade replaces all agents, and takes that back, while pods talk.
+func (w *world) upgrade(t *testing.T) {
+	for _, verb := range []string{"restart", "undo"} {
+		w.Kubectl("-n", clustertest.System, "rollout", verb, "daemonset/culvert-agent")
+		w.Kubectl("-n", clustertest.System, "rollout", "status", "daemonset/culvert-agent", "--timeout=100s")
+		w.works(t, w.requests())
+		w.silence(t, "rollout "+verb)
+	}
 }
 
 // encrypt turns encryption on in two steps.
