@@ -11,8 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/culvert-vpn/culvert/internal/lab/cluster"
-	"github.com/culvert-vpn/culvert/internal/lab/cluster/clustertest"
 	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 )
 
@@ -29,10 +27,11 @@ func ciliumCRDs(t *testing.T) string {
 	return filepath.Join(module.Dir, "pkg/k8s/apis/cilium.io/client/crds/v2")
 }
 
-// TestCiliumEndpoint plays Cilium's part against its real CRD in a real API server.
-func TestCiliumEndpoint(t *testing.T) {
+// ciliumEndpoint plays Cilium's part against its real CRD in a real API server. It installs
+// again what was uninstalled.
+func (w *world) ciliumEndpoint(t *testing.T) {
 	crds := ciliumCRDs(t)
-	w := &world{Cluster: clustertest.Start(t, cluster.Options{Nodes: 2}), t: t}
+	w = &world{Cluster: w.In(t), t: t}
 	w.Kubectl("apply", "--server-side", "-f", filepath.Join(crds, "ciliumendpoints.yaml"))
 	const config = "nonMasqueradeCIDRs:\n- 10.0.0.0/8\nmasqLinkLocal: true\n"
 	w.Kubectl("create", "configmap", "ip-masq-agent", "-n", "kube-system", "--from-literal=config="+config, "--from-literal=other=kept")

@@ -234,6 +234,7 @@ func TestNodeLink(t *testing.T) {
 	}
 	t.Run("direct", w.direct)
 	t.Run("uninstall", w.uninstall)
+	t.Run("CiliumEndpoint", w.ciliumEndpoint)
 }
 
 // spoofed is how many packets with foreign addresses the nodes have sent.
