@@ -34,6 +34,9 @@ type backing interface {
 	Active() (active, known bool)
 	// Contested says that another process goes on with what this one gives up.
 	Contested() bool
+	// WithoutServices says that Services are missing among the objects that were read: what
+	// is in effect of them stays.
+	WithoutServices() bool
 	// Hello is what other processes of the gateway ask; nil: nothing.
 	Hello() http.Handler
 	// Identity is the gateway's key and where its peers were last seen.

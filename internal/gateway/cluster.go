@@ -50,6 +50,9 @@ type cluster struct {
 	store *store.Kube
 	*teller
 	elector *elector
+	remains remains
+	began   time.Time
+	kept    *store.Snapshot // what Read returned last, in the place of objects; nil: it did not
 
 	// Of the last snapshot.
 	own     *v1alpha1.VPNGateway                  // nil: not there
@@ -72,21 +75,21 @@ type cluster struct {
 // identityTimeout is how long the API server may take over the gateway's key.
 const identityTimeout = 10 * time.Second
 
-// newCluster is for a pod that serves HTTP at an address, and whose IKE daemon others run in
-// a directory; empty: it runs it itself.
-func newCluster(opts Cluster, at, ipsecDir string, log *slog.Logger) *cluster {
+// newCluster is for a pod; what a restart of its container needs is kept in s.
+func newCluster(o Options, s *store.Store, log *slog.Logger) *cluster {
+	opts := *o.Cluster
 	c := &cluster{
-		opts: opts, log: log, store: store.NewKube(opts.Client, opts.Gateway, podManager(opts.Pod)),
+		opts: opts, log: log, remains: remains{store: s}, began: time.Now(), store: store.NewKube(opts.Client, opts.Gateway, podManager(opts.Pod)),
 		save: make(chan map[netstate.Key]netip.AddrPort, 1), cancel: func() {}, vote: func() {},
 		sliced: map[string]time.Time{},
 	}
-	_, port, err := net.SplitHostPort(at)
+	_, port, err := net.SplitHostPort(o.HTTP)
 	if err != nil { // it serves nothing: nobody can greet it
 		port = "0"
 	}
 	c.elector = newElector(opts.Pod, port, c.store, log)
-	if ipsecDir != "" {
-		c.elector.vouch = func(until time.Time) error { return ipsec.Vouch(ipsecDir, until) }
+	if o.IPsecDir != "" { // others run the IKE daemon
+		c.elector.vouch = func(until time.Time) error { return ipsec.Vouch(o.IPsecDir, until) }
 	}
 	c.teller = newTeller(opts, log)
 	c.api = source.NewAPI(source.APIOptions{
@@ -124,6 +127,9 @@ func (c *cluster) Watch(ctx context.Context) (<-chan struct{}, error) {
 	ctx, c.cancel = context.WithCancel(ctx)
 	c.done.Go(func() { c.saveEndpoints(ctx) })
 	c.done.Go(func() { c.teller.run(ctx) })
+	c.done.Go(func() {
+		c.remains.run(ctx, func(err error) { c.log.Warn("cannot keep the objects for a restart", "error", err) })
+	})
 	objects, err := c.api.Watch(ctx)
 	if err != nil {
 		return nil, err
@@ -168,13 +174,19 @@ func (c *cluster) Active() (active, known bool) { return c.elector.active() }
 // Contested implements backing.
 func (c *cluster) Contested() bool { return c.elector.contested() }
 
+// WithoutServices implements backing.
+func (c *cluster) WithoutServices() bool { return c.kept != nil }
+
 // Hello implements backing.
 func (c *cluster) Hello() http.Handler { return c.elector }
 
 // Read implements backing.
 func (c *cluster) Read() (model.Objects, []model.Problem, error) {
 	objects, problems, err := c.api.Read()
-	if err != nil {
+	if err == nil {
+		c.kept = nil
+		c.remains.note(objects)
+	} else if objects, err = c.readKept(err); err != nil {
 		return objects, problems, err
 	}
 	c.own, c.zone, c.service, c.slices = nil, "", nil, map[string]*discoveryv1.EndpointSlice{}
@@ -308,10 +320,15 @@ func (c *cluster) Identity(ctx context.Context, _ *model.Gateway) (id identity, 
 	}
 	ctx, cancel := context.WithTimeout(ctx, identityTimeout)
 	defer cancel()
+	if k := c.kept; k != nil {
+		return identity{private: k.PrivateKey, public: k.PublicKey, endpoints: maps.Clone(k.Endpoints)}, nil
+	}
 	if id.private, id.public, err = c.store.GatewayKey(ctx, c.own.UID); err != nil {
 		return identity{}, err
 	}
-	id.endpoints, err = c.store.Endpoints(ctx)
+	if id.endpoints, err = c.store.Endpoints(ctx); err == nil {
+		c.remains.identified(id)
+	}
 	return id, err
 }
 
@@ -393,6 +410,7 @@ func (c *cluster) Save() error { return nil }
 
 // SaveEndpoints implements backing: in the background, the last ones win.
 func (c *cluster) SaveEndpoints(m map[netstate.Key]netip.AddrPort) error {
+	c.remains.moved(m)
 	select {
 	case <-c.save: // not written yet, and outdated
 	default:

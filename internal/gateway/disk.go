@@ -53,6 +53,9 @@ func (d *disk) Active() (active, known bool) { return true, true }
 // Contested implements backing.
 func (d *disk) Contested() bool { return false }
 
+// WithoutServices implements backing.
+func (d *disk) WithoutServices() bool { return false }
+
 // Hello implements backing.
 func (d *disk) Hello() http.Handler { return nil }
 

@@ -130,7 +130,7 @@ func (g *Gateway) open() error {
 		return err
 	}
 	if g.opts.Cluster != nil {
-		g.backing = newCluster(*g.opts.Cluster, g.opts.HTTP, g.opts.IPsecDir, g.log)
+		g.backing = newCluster(g.opts, g.store, g.log)
 		return g.openAppliers()
 	}
 	if g.backing, err = newDisk(g.opts.Manifests, g.store); err != nil {
@@ -376,6 +376,9 @@ func (g *Gateway) apply(ctx context.Context, s netstate.State) {
 	for _, st := range g.steps(s) {
 		if now, _ := g.backing.Active(); now != g.active {
 			return // somebody else does this by now, or is to
+		}
+		if g.backing.WithoutServices() && (st.name == "services" || st.name == "relay") {
+			continue
 		}
 		changed, err := st.set(ctx)
 		g.check(st.name, err)
