@@ -114,6 +114,7 @@ func TestGatewayPod(t *testing.T) {
 	t.Run("culvert killed", func(t *testing.T) { s.in(t).culvertKilled() })
 	t.Run("pod deleted", func(t *testing.T) { s.in(t).podDeleted() })
 	t.Run("API server away", func(t *testing.T) { s.in(t).serverAway() })
+	t.Run("replicas", func(t *testing.T) { s.in(t).replicas() })
 }
 
 // in is the scene for a subtest: errors end that.
@@ -350,11 +351,14 @@ func (s *scene) serverAway() {
 	t := s.t
 	s.connected("site/berlin", 30*time.Second)
 	site := clustertest.Watch(t, s.site, siteInner, s.pods[0]+":8081", 20*time.Millisecond)
-	phone := clustertest.Watch(t, s.phone, s.address(), s.pods[1]+":8081", 20*time.Millisecond)
+	address := s.address()
+	phone := clustertest.Watch(t, s.phone, address, s.pods[1]+":8081", 20*time.Millisecond)
 	if err := s.StopProgram("control", "kube-apiserver"); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(20 * time.Second)
+	time.Sleep(15 * time.Second)
+	phone.Unharmed()
+	s.restartAlone(address)
 	if err := s.StartProgram("control", "kube-apiserver"); err != nil {
 		t.Fatal(err)
 	}
@@ -367,5 +371,28 @@ func (s *scene) serverAway() {
 	s.ready("device/late", 90*time.Second) // the operator has lost its Lease meanwhile
 	t.Logf("a new device is Ready %s after it was added", time.Since(start).Round(10*time.Millisecond))
 	site.Unharmed()
-	phone.Unharmed()
+}
+
+// restartAlone kills culvert while there is no API server: its successor has what it needs, and
+// leaves the services as they are.
+func (s *scene) restartAlone(address string) {
+	t := s.t
+	phone := clustertest.Watch(t, s.phone, address, s.pods[1]+":8081", 20*time.Millisecond)
+	time.Sleep(500 * time.Millisecond)
+	event := time.Now()
+	killed := 0
+	for _, n := range s.Nodes {
+		if _, err := n.Run(t.Context(), "pkill", "-KILL", "-f", "^culvert gateway --namespace"); err == nil {
+			killed++
+		}
+	}
+	if killed != 1 {
+		t.Fatalf("killed %d gateways", killed)
+	}
+	t.Logf("the phone is back %s after culvert was killed", phone.AwaitBack(event, 60*time.Second).Round(10*time.Millisecond))
+	ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+	defer cancel()
+	if out, err := s.phone.Output(ctx, s.TestServer(), "lookup", "kubernetes.default.svc.cluster.local", "10.96.0.10"); err != nil {
+		t.Errorf("the cluster's DNS, through the tunnel: %v: %s", err, out)
+	}
 }
