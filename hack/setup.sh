@@ -16,6 +16,8 @@ packages=(
 	qemu-system-x86 seabios busybox-static cpio
 	# nodes of test/cluster
 	containerd runc containernetworking-plugins
+	# Cilium on them, which compiles its programs at run time
+	clang-19 llvm-19 bpftool ipset
 	# the image
 	mmdebstrap
 )

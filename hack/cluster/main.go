@@ -16,8 +16,10 @@ import (
 )
 
 const usage = `usage: cluster up [-name NAME] [-nodes N] [-two-subnets] [-mtu BYTES] [-allow-spoofing] [-no-cni] [-no-kube-proxy]
+                  [-cni Bridge|Cilium|None] [-cilium VALUE=…]…
        cluster down [-name NAME | -all]
        cluster load [-name NAME] IMAGE.tar…
+       cluster cilium [-name NAME] VALUE=…  # new values for the chart of a cluster with -cni Cilium
        cluster list`
 
 func main() {
@@ -35,6 +37,7 @@ func run(ctx context.Context, args []string) error {
 	}
 	o := cluster.Options{Keep: true, Out: os.Stdout}
 	var noCNI, all bool
+	var cni string
 	flags := flag.NewFlagSet(args[0], flag.ContinueOnError)
 	flags.Usage = func() { fmt.Fprintln(os.Stderr, usage) }
 	flags.StringVar(&o.Name, "name", cluster.DefaultName, "")
@@ -42,6 +45,8 @@ func run(ctx context.Context, args []string) error {
 	flags.BoolVar(&o.TwoSubnets, "two-subnets", false, "")
 	flags.IntVar(&o.MTU, "mtu", 1500, "")
 	flags.BoolVar(&o.AllowSpoofing, "allow-spoofing", false, "")
+	flags.StringVar(&cni, "cni", string(cluster.Bridge), "")
+	flags.Func("cilium", "", func(v string) error { o.CiliumValues = append(o.CiliumValues, v); return nil })
 	flags.BoolVar(&noCNI, "no-cni", false, "")
 	flags.BoolVar(&o.NoKubeProxy, "no-kube-proxy", false, "")
 	flags.BoolVar(&o.Keep, "keep", true, "") // false: whoever comes next may remove it when this process is gone
@@ -49,6 +54,7 @@ func run(ctx context.Context, args []string) error {
 	if err := flags.Parse(args[1:]); err != nil {
 		return err
 	}
+	o.CNI = cluster.CNI(cni)
 	if noCNI {
 		o.CNI = cluster.NoCNI
 	}
@@ -72,6 +78,12 @@ func run(ctx context.Context, args []string) error {
 			}
 		}
 		return nil
+	case "cilium":
+		c, err := cluster.Attach(ctx, o.Name)
+		if err != nil {
+			return err
+		}
+		return c.SetCilium(ctx, flags.Args()...)
 	case "list":
 		fmt.Println(strings.Join(cluster.List(), "\n"))
 		return nil

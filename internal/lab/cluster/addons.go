@@ -14,8 +14,16 @@ import (
 //go:embed dns.yaml
 var dnsManifests string
 
+// startNetwork brings up the network for pods that needs more than the nodes have.
+func (c *Cluster) startNetwork(ctx context.Context) error {
+	if c.options.CNI != Cilium {
+		return nil
+	}
+	return c.SetCilium(ctx, c.options.CiliumValues...)
+}
+
 func (c *Cluster) waitReady(ctx context.Context) error {
-	if c.options.CNI != Bridge {
+	if c.options.CNI == NoCNI {
 		return c.waitNodes(ctx)
 	}
 	replace := strings.NewReplacer("IMAGE", dnsImage, "DNS4", DNS[0].String(), "DNS6", DNS[1].String())
@@ -35,7 +43,7 @@ func (c *Cluster) waitReady(ctx context.Context) error {
 // waitNodes waits until the nodes are registered and, with a network for pods, Ready.
 func (c *Cluster) waitNodes(ctx context.Context) error {
 	want := "True"
-	if c.options.CNI != Bridge {
+	if c.options.CNI == NoCNI {
 		want = "False"
 	}
 	err := until(ctx, 3*time.Minute, "nodes report", func() error {

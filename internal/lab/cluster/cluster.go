@@ -65,6 +65,8 @@ type Options struct {
 	AllowSpoofing bool
 	// CNI is Bridge when empty.
 	CNI CNI
+	// CiliumValues are values of Cilium's chart ("routingMode=native"), when CNI is Cilium.
+	CiliumValues []string
 	// NoKubeProxy leaves kube-proxy out.
 	NoKubeProxy bool
 	// Keep lets the cluster live on when the process that started it is gone.
@@ -114,6 +116,7 @@ type Cluster struct {
 	options  Options
 	plan     plan
 	programs string // directory with the programs that hack/kubernetes.sh builds
+	cilium   string // directory with those that hack/cilium.sh builds; empty without Cilium
 	port     int    // of 127.0.0.1, forwarded to kube-apiserver
 	started  time.Time
 	running  map[string]running // by "machine/program"
@@ -166,6 +169,11 @@ func Start(ctx context.Context, options Options) (_ *Cluster, err error) {
 	if c.programs, err = Programs(ctx, options.Out); err != nil {
 		return nil, err
 	}
+	if options.CNI == Cilium {
+		if c.cilium, err = ciliumPrograms(ctx, options.Out); err != nil {
+			return nil, err
+		}
+	}
 	if err := Sweep(); err != nil {
 		return nil, fmt.Errorf("remove clusters of processes that are gone: %w", err)
 	}
@@ -203,6 +211,7 @@ func (c *Cluster) up(ctx context.Context) error {
 		{"control plane: etcd, kube-apiserver, kube-controller-manager, kube-scheduler", c.startControl},
 		{fmt.Sprintf("%d nodes: containerd, kubelet, kube-proxy", c.options.Nodes), c.startNodes},
 		{"images: pause, CoreDNS, test server", c.loadOwnImages},
+		{"network for pods: " + string(c.options.CNI), c.startNetwork},
 		{"waiting for nodes and DNS", c.waitReady},
 	}
 	for _, s := range steps {
@@ -230,6 +239,7 @@ type record struct {
 	Options  Options
 	Owner    int // the process that started it
 	Programs string
+	Cilium   string
 	Port     int
 	Inits    map[string]int
 	Running  map[string]running
@@ -238,7 +248,7 @@ type record struct {
 const recordFile = "cluster.json"
 
 func (c *Cluster) save() error {
-	r := record{Options: c.options, Owner: os.Getpid(), Programs: c.programs, Port: c.port, Running: c.running, Inits: map[string]int{}}
+	r := record{Options: c.options, Owner: os.Getpid(), Programs: c.programs, Cilium: c.cilium, Port: c.port, Running: c.running, Inits: map[string]int{}}
 	for _, n := range c.Nodes {
 		r.Inits[n.Name] = n.init
 	}
@@ -265,7 +275,7 @@ func Attach(ctx context.Context, name string) (*Cluster, error) {
 		return nil, fmt.Errorf("no cluster %s: start it with 'make cluster-up': %w", name, err)
 	}
 	r.Options.Out = io.Discard
-	c := &Cluster{Name: name, options: r.Options, plan: newPlan(r.Options), programs: r.Programs, port: r.Port, running: r.Running, started: time.Now()}
+	c := &Cluster{Name: name, options: r.Options, plan: newPlan(r.Options), programs: r.Programs, cilium: r.Cilium, port: r.Port, running: r.Running, started: time.Now()}
 	host := func(n string) *lab.Host { return &lab.Host{Name: n, Namespace: prefix(name) + "-" + n} }
 	c.Control, c.Fabric, c.Router, c.Outside = host("control"), host("fabric"), host("router"), host("outside")
 	for _, m := range c.plan.nodes {

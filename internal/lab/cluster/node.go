@@ -58,9 +58,14 @@ func (n *Node) up(ctx context.Context) error {
 		"--hostname-override="+n.Name, "--node-ip="+join(n.IPs())); err != nil {
 		return err
 	}
-	if c.options.NoKubeProxy {
+	if c.options.NoKubeProxy || c.options.CNI == Cilium { // whose configuration decides
 		return nil
 	}
+	return n.startKubeProxy()
+}
+
+func (n *Node) startKubeProxy() error {
+	c := n.cluster
 	return c.StartProgram(n.Name, "kube-proxy", "--kubeconfig="+c.pki("kube-proxy.kubeconfig"), "--hostname-override="+n.Name,
 		"--proxy-mode=nftables", "--cluster-cidr="+join(PodCIDRs), "--metrics-bind-address=127.0.0.1:10249",
 		// These settings cannot be written in a network namespace.
@@ -90,7 +95,7 @@ table ip6 cni-masquerade {
 func (n *Node) configure() error {
 	c := n.cluster
 	files := map[string]string{
-		"containerd/config.toml":  containerdConfig,
+		"containerd/config.toml":  fmt.Sprintf(containerdConfig, c.plugIns()),
 		"kubernetes/kubelet.yaml": fmt.Sprintf(kubeletConfig, c.pki("ca.crt"), c.pki(n.Name+"-serving.crt"), c.pki(n.Name+"-serving.key"), DNS[0]),
 	}
 	if c.options.CNI == Bridge {
@@ -112,7 +117,7 @@ const containerdConfig = `version = 2
   # CAP_SYS_RESOURCE may be missing.
   restrict_oom_score_adj = true
   [plugins."io.containerd.grpc.v1.cri".cni]
-    bin_dir = "/opt/cni/bin"
+    bin_dir = %q
     conf_dir = "/etc/cni/net.d"
   [plugins."io.containerd.grpc.v1.cri".containerd.runtimes.runc]
     runtime_type = "io.containerd.runc.v2"

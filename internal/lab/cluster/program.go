@@ -31,9 +31,25 @@ func Programs(ctx context.Context, out io.Writer) (string, error) {
 	return strings.TrimSpace(string(dir)), nil
 }
 
-// Program is the path of one of kubectl, etcd, coredns and Kubernetes'
-// components.
-func (c *Cluster) Program(name string) string { return filepath.Join(c.programs, name) }
+// Program is the path of one of kubectl, etcd, coredns, Kubernetes' components and, where
+// there is a Cilium, cilium-dbg and its components.
+func (c *Cluster) Program(name string) string {
+	switch {
+	case name == "cilium-agent":
+		return c.path(name)
+	case strings.HasPrefix(name, "cilium-"):
+		return filepath.Join(c.cilium, name)
+	}
+	return filepath.Join(c.programs, name)
+}
+
+// plugIns is the directory with the nodes' CNI plug-ins.
+func (c *Cluster) plugIns() string {
+	if c.options.CNI == Cilium {
+		return filepath.Join(c.cilium, "cni")
+	}
+	return "/usr/lib/cni"
+}
 
 // moduleRoot finds Culvert's source: its module is above the working directory.
 func moduleRoot() (string, error) {
