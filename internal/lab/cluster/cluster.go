@@ -300,8 +300,17 @@ func List() []string {
 	return names
 }
 
-// Sweep removes the clusters that were not to be kept and whose process is gone.
+// Sweep removes the clusters that were not to be kept and whose process is gone. Of several
+// processes that sweep at once one does, and the others wait for it.
 func Sweep() error {
+	lock, err := os.OpenFile("/run/cvk.lock", os.O_CREATE|os.O_RDONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	defer lock.Close()
+	if err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", lock.Name(), err)
+	}
 	var errs []error
 	for _, name := range List() {
 		r, err := load(name)

@@ -259,7 +259,7 @@ func (w *world) direct(t *testing.T) {
 		for _, n := range w.Nodes {
 			labtest.Eventually(t, 10*time.Second, fmt.Sprintf("cvtnodes on %s: %t", n.Name, there), func() error {
 				if err := n.IP("link", "show", "cvtnodes"); (err == nil) != there {
-					return fmt.Errorf("link: %v", err)
+					return fmt.Errorf("is it there: %t", !there)
 				}
 				return nil
 			})
