@@ -3,8 +3,34 @@
 # OCI layout that is also a docker-archive) with its list of parts beside it, sbom.spdx.json.
 # The layer with Debian's packages is made once per package list; UPDATE=1 makes it again,
 # from what Debian has today. TAG names the image. Needs root, or user namespaces.
+#
+# hack/image.sh --check makes it once more, from a copy of this tree in another directory, and
+# fails when that is another image; with UPDATE=1 Debian's layer is made once more, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+# check makes the image in another place and compares.
+check() {
+	local other
+	other=$(mktemp -d)
+	trap 'rm -rf "$other"' RETURN
+	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --no-dereference --target-directory "$other" 2>/dev/null || true # what is deleted
+	mkdir -p "$other/.cache/image"
+	cp .cache/image/debian-*.tar "$other/.cache/image/"
+	VERSION=$(version) REVISION=$(revision) CREATED=$(created) "$other/hack/image.sh" >/dev/null
+	local file
+	for file in culvert.tar sbom.spdx.json; do
+		cmp ".cache/image/$file" "$other/.cache/image/$file" || { echo "image: made twice, $file differs: something of the machine, the directory or the time is in it" >&2; return 1; }
+	done
+	echo "image: made twice, in two directories: the same"
+}
+version() { echo "${VERSION:-$(git describe --tags --always --dirty 2>/dev/null || echo unknown)}"; }
+revision() { echo "${REVISION:-$(git rev-parse HEAD 2>/dev/null || echo unknown)}"; }
+created() { echo "${CREATED:-$(git log -1 --format=%ct 2>/dev/null || echo 0)}"; }
+if [[ "${1:-}" == --check ]]; then
+	check
+	exit
+fi
 
 tag=${TAG:-culvert.dev/culvert:dev}
 out=.cache/image
@@ -44,13 +70,13 @@ elif [[ -n "$(find "$layer" -mtime +7)" ]]; then
 	echo "image: Debian's packages are those of $(date -r "$layer" +%F): 'make image UPDATE=1' takes today's" >&2
 fi
 
-version=$(git describe --tags --always --dirty 2>/dev/null || echo unknown)
+version=$(version)
 rm -rf "$out/bin"
 mkdir -p "$out/bin"
 CGO_ENABLED=0 go build -trimpath -buildvcs=false \
 	-ldflags "-s -w -X github.com/culvert-vpn/culvert/internal/process.version=$version" -o "$out/bin/" ./cmd/...
 go run ./hack/image pack --debian "$layer" --programs "$out/bin" --license LICENSE \
 	--name "$tag" --version "$version" \
-	--revision "$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
-	--created "$(git log -1 --format=%ct 2>/dev/null || echo 0)" \
+	--revision "$(revision)" \
+	--created "$(created)" \
 	--out "$out/culvert.tar" --sbom "$out/sbom.spdx.json"

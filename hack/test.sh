@@ -39,6 +39,7 @@ cluster)
 	hack/kubernetes.sh >/dev/null
 	hack/helm.sh >/dev/null
 	hack/image.sh
+	hack/image.sh --check
 	export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar # not once more in each package
 	flags=(-timeout 25m -p 1)
 	;;

@@ -29,6 +29,7 @@ var (
 	pathRTT    = prometheus.NewDesc("culvert_path_rtt_seconds", "Round trip of the last probe that was answered; 0: none yet.", pathLabels, nil)
 	pathLost   = prometheus.NewDesc("culvert_path_lost_probes_total", "Probes through the tunnel that were not answered (yet).", pathLabels, nil)
 
+	works        = prometheus.NewDesc("culvert_gateway_active", "1 when this pod works, 0 when it stands by for another one.", nil, nil)
 	problemCount = prometheus.NewDesc("culvert_problems", "Objects, or parts of objects, that are not in effect.", nil, nil)
 	stepFailed   = prometheus.NewDesc("culvert_apply_failed", "1 for every step of the configuration that could not be applied.", []string{"step"}, nil)
 	dropCount    = prometheus.NewDesc("culvert_dropped_packets_total", "Packets that the gateway dropped, by reason.", []string{"reason"}, nil)
@@ -40,7 +41,7 @@ type collector struct{ g *Gateway }
 
 // Describe implements prometheus.Collector.
 func (c collector) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{wgSent, wgReceived, wgHandshake, peerUp, peerSent, peerReceived, peerSince, pathUp, pathActive, pathRTT, pathLost, problemCount, stepFailed, dropCount, portCount} {
+	for _, d := range []*prometheus.Desc{works, wgSent, wgReceived, wgHandshake, peerUp, peerSent, peerReceived, peerSince, pathUp, pathActive, pathRTT, pathLost, problemCount, stepFailed, dropCount, portCount} {
 		ch <- d
 	}
 }
@@ -57,6 +58,11 @@ func (c collector) Collect(ch chan<- prometheus.Metric) {
 	for _, p := range r.Devices {
 		collectPeer(ch, "device", p)
 	}
+	active := 0.0
+	if r.Active {
+		active = 1
+	}
+	gauge(works, active)
 	gauge(problemCount, float64(len(r.Problems)))
 	for step := range r.Errors {
 		gauge(stepFailed, 1, step)

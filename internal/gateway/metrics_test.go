@@ -18,7 +18,7 @@ var update = flag.Bool("update", false, "write docs/reference/metrics.md anew")
 // full is a report in which everything is set, so that every metric comes out.
 func full() *Gateway {
 	return &Gateway{report: Report{
-		Gateway: "default/edge",
+		Gateway: "default/edge", Active: true,
 		Errors:  map[string]string{"ipsec": "x"},
 		Dropped: map[string]uint64{"spoofed": 3},
 		Sites: []PeerReport{{Name: "default/berlin", Type: "ipsec", Connected: true, Since: time.Unix(1000, 0), ReceivedBytes: 5, SentBytes: 6,
@@ -73,6 +73,7 @@ func TestMetricValues(t *testing.T) {
 		"culvert_path_rtt_seconds{interface=cvtwg1,name=default/berlin}":               2,
 		"culvert_path_lost_probes_total{interface=cvtwg0,name=default/berlin}":         9,
 		"culvert_problems{}":                    1,
+		"culvert_gateway_active{}":              1,
 		"culvert_apply_failed{step=ipsec}":      1,
 		"culvert_service_ports{mode=Translate}": 4,
 	} {
