@@ -105,7 +105,7 @@ type NodeEncryptionStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 
-	// Conditions: Accepted, Programmed, Ready; Enforced once Strict is in effect on all nodes,
+	// Conditions: Accepted, Ready; Enforced once Strict is in effect on all nodes,
 	// which from then on also nodes begin with that join.
 	//
 	// +optional
@@ -186,7 +186,8 @@ type NodeTunnelStatus struct {
 	// +optional
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 
-	// Conditions: Programmed, Ready.
+	// Conditions: Ready; PodsHeld, while plain packets are dropped: whether pods wait for the guard
+	// when the node boots.
 	//
 	// +optional
 	// +listType=map

@@ -51,6 +51,7 @@ type encryption struct {
 	route   *route.Route
 	guard   *guard.Guard
 	chain   *chain
+	heldErr error                // why pods of a booting node would not be held; as of the last turn
 	wg      *wireguard.WireGuard // nil: nothing was to be encrypted yet
 	keys    *keys
 
@@ -283,7 +284,14 @@ func exists(link string) bool {
 // encrypted any more. One whose NodeEncryption is there, but cannot be read, stays. Pods wait
 // for a guard as long as one is kept that drops.
 func (e *encryption) after(s netstate.State) []step {
-	hold := step{"cni", func(context.Context) (int, error) { return e.chain.Set(e.dir != "" && e.strict()) }}
+	hold := step{"cni", func(context.Context) (changed int, err error) {
+		changed, err = e.chain.Set(e.dir != "" && e.strict())
+		if was := e.heldErr; (was == nil) != (err == nil) {
+			e.soon(soonEvery) // and tell
+		}
+		e.heldErr = err
+		return changed, err
+	}}
 	if s.Guard != nil || e.present || e.dir == "" {
 		return []step{hold}
 	}

@@ -81,7 +81,23 @@ func (e *encryption) tunnelStatus(own *v1alpha1.NodeTunnel, r *plan.EncryptionRe
 		c.Message = fmt.Sprintf("%d of %d other nodes do not answer: is their UDP port open between the nodes?", len(silent), r.Nodes)
 	}
 	meta.SetStatusCondition(&s.Conditions, c)
+	e.held(&s, own.Generation, r.Strict)
 	return s
+}
+
+// held says whether pods would wait for the guard if this node booted now; nothing, where they
+// need not, or nobody asked for it.
+func (e *encryption) held(s *v1alpha1.NodeTunnelStatus, generation int64, strict bool) {
+	if !strict || e.chain.Chain == nil {
+		meta.RemoveStatusCondition(&s.Conditions, model.ConditionPodsHeld)
+		return
+	}
+	c := metav1.Condition{Type: model.ConditionPodsHeld, Status: metav1.ConditionTrue, Reason: "Chained", ObservedGeneration: generation,
+		Message: "pods of this node get no network before its guard stands"}
+	if e.heldErr != nil {
+		c.Status, c.Reason, c.Message = metav1.ConditionFalse, "NotChained", e.heldErr.Error()
+	}
+	meta.SetStatusCondition(&s.Conditions, c)
 }
 
 // tellAll reports on the cluster as a whole. All agents come to the same conclusion: each

@@ -79,8 +79,10 @@ func encryptionOf(o *v1alpha1.NodeEncryption, tunnels []v1alpha1.NodeTunnel) *en
 			Name: t.Name, Peers: t.Status.Peers, Connected: t.Status.ConnectedPeers, Key: string(t.Spec.PublicKey), NextKey: string(t.Spec.NextPublicKey),
 			Silent: t.Status.SilentPeers, Plain: t.Status.PlainPackets,
 		})
-		if c := meta.FindStatusCondition(t.Status.Conditions, v1alpha1.ConditionReady); c != nil && c.Status == metav1.ConditionFalse {
-			s.Problems = append(s.Problems, conditionTexts{"NodeTunnel " + t.Name, c.Reason, c.Message})
+		for _, kind := range []string{v1alpha1.ConditionReady, model.ConditionPodsHeld} {
+			if c := meta.FindStatusCondition(t.Status.Conditions, kind); c != nil && c.Status == metav1.ConditionFalse {
+				s.Problems = append(s.Problems, conditionTexts{"NodeTunnel " + t.Name, c.Reason, c.Message})
+			}
 		}
 	}
 	slices.Sort(s.Exempt)

@@ -170,6 +170,10 @@ func remoteExport(r *report, field string, x *v1alpha1.RemoteExport, before []Ex
 // packets are dropped in the cluster.
 const ConditionEnforced = "Enforced"
 
+// ConditionPodsHeld is the condition of a NodeTunnel that says whether pods wait for the guard
+// when the node boots.
+const ConditionPodsHeld = "PodsHeld"
+
 const (
 	defaultKeyLifetime  = 720 * time.Hour
 	maxKeyLifetimeHours = 87600

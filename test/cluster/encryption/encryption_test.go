@@ -45,11 +45,17 @@ func newWorld(t *testing.T, o cluster.Options) *world {
 	return &world{Cluster: clustertest.Start(t, o), t: t, plain: map[string][]string{}}
 }
 
-// install installs Culvert, with gateways on the first node, and starts the pods.
-func (w *world) install() {
+// chart installs Culvert, with gateways on the first node.
+func (w *world) chart() {
 	w.t.Helper()
 	w.Install("--set", "agent.podRanges={10.244.0.0/16,fd00:244::/32}", "--set-json", agentAffinity,
 		"--set", `gatewayPods.nodeSelector.kubernetes\.io/hostname=`+w.Nodes[0].Name)
+}
+
+// install installs Culvert and starts the pods.
+func (w *world) install() {
+	w.t.Helper()
+	w.chart()
 	w.Namespace(namespace)
 	var pods strings.Builder
 	for _, n := range w.Nodes {

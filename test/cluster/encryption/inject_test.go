@@ -86,6 +86,9 @@ func (w *world) reported(t *testing.T) {
 	if !strings.Contains(out, "10.244.3.200") && !strings.Contains(out, "fd00:244:3::c8") || !strings.Contains(out, `"dropped":true`) || !strings.Contains(out, "API server") {
 		t.Errorf("status of NodeTunnel %s: %s", node, out)
 	}
+	if out := w.Kubectl("get", "nodetunnel", node, "-o", `jsonpath={.status.conditions[?(@.type=="PodsHeld")].status}`); out != "True" {
+		t.Errorf("PodsHeld of %s is %q", node, out)
+	}
 	metrics, err := w.onNode(w.Nodes[0], "get", "http://127.0.0.1:9591/metrics")
 	if err != nil || strings.Contains(metrics, `culvert_node_plain_packets_total{kind="in_pods"} 0`) || !strings.Contains(metrics, `culvert_node_plain_packets_total{kind="in_pods"}`) ||
 		!strings.Contains(metrics, `culvert_node_handshake_age_seconds{node="`+w.Nodes[1].Name+`"}`) {

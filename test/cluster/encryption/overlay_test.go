@@ -7,6 +7,7 @@ import (
 	"testing"
 
 	"github.com/culvert-vpn/culvert/internal/lab/cluster"
+	"github.com/culvert-vpn/culvert/internal/lab/cluster/clustertest"
 )
 
 // overlay gives the cluster's pods a network as flannel does: a VXLAN between the nodes with an
@@ -74,6 +75,28 @@ func TestOverlay(t *testing.T) {
 			}
 		}
 	}
+	t.Run("uninstalled by force", w.forced)
 	w.Kubectl("delete", "nodeencryption", "cluster")
 	w.works(t, w.requests())
+}
+
+// forced uninstalls without asking: nothing goes out in the clear, nor out at all, until Culvert is
+// installed again.
+func (w *world) forced(t *testing.T) {
+	w.Apply(encryption("Strict"))
+	w.enforced()
+	w.works(t, w.requests())
+	w.heard()
+	w.Helm("uninstall", clustertest.Release, "--namespace", clustertest.System, "--no-hooks", "--wait")
+	for i, n := range w.Nodes {
+		o := w.Nodes[(i+1)%len(w.Nodes)]
+		if out, err := w.onNode(n, "get", url(w.ips("web-" + o.Name)[0])); err == nil {
+			t.Errorf("%s reaches a pod of %s: %s", n.Name, o.Name, out)
+		}
+		w.held(t, n, true)
+	}
+	w.silence(t, "uninstalled by force")
+	w.chart()
+	w.works(t, w.requests())
+	w.silence(t, "installed again")
 }
