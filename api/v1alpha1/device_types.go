@@ -91,7 +91,8 @@ type DeviceSpec struct {
 	// ExpirationTime is when the device is locked out by itself. Absent: never.
 	//
 	// +optional
-	ExpirationTime *metav1.Time `json:"expirationTime,omitempty"`
+	// +kubebuilder:validation:XValidation:rule="self == self",message="a time is needed, as 2036-01-01T00:00:00Z"
+	ExpirationTime *metav1.Time `json:"expirationTime,omitempty"` // the rule refuses a list, too, which the check of the format lets pass
 }
 
 // DeviceStatus is what was found and done.
