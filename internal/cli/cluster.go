@@ -11,6 +11,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/rest"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
@@ -54,6 +55,7 @@ type connection struct {
 	client.WithWatch
 	namespace string
 	host      string
+	config    *rest.Config
 }
 
 func (c *clusterFlags) connect() (*connection, error) {
@@ -69,7 +71,7 @@ func (c *clusterFlags) connect() (*connection, error) {
 	if c.namespace != "" {
 		namespace = c.namespace
 	}
-	return &connection{WithWatch: cl, namespace: namespace, host: config.Host}, nil
+	return &connection{WithWatch: cl, namespace: namespace, host: config.Host, config: config}, nil
 }
 
 // explain turns what an API server says into what to do.

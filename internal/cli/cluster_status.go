@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -21,6 +22,10 @@ type clusterStatus struct {
 	Gateways []gatewayStatus `json:"gateways"`
 	Sites    []objectStatus  `json:"sites"`
 	Devices  []objectStatus  `json:"devices"`
+	Remotes  []remoteStatus  `json:"remoteClusters"`
+	Agents   []agentStatus   `json:"agents"`
+	// Notes say what could not be found out, and why.
+	Notes []string `json:"notes,omitempty"`
 	// Encryption is that between the cluster's nodes; absent: none.
 	Encryption *encryptionStatus `json:"encryption,omitempty"`
 }
@@ -40,6 +45,7 @@ type gatewayPod struct {
 	WireGuard string `json:"wireguard,omitempty"`
 	IPsec     string `json:"ipsec,omitempty"`
 	MTU       int32  `json:"mtu,omitempty"`
+	Active    bool   `json:"active"` // it works; others stand by
 }
 
 type objectStatus struct {
@@ -50,6 +56,7 @@ type objectStatus struct {
 	Since     *metav1.Time     `json:"since,omitempty"` // of Connected
 	Endpoint  string           `json:"endpoint,omitempty"`
 	Addresses []string         `json:"addresses"`
+	Traffic   *traffic         `json:"traffic,omitempty"` // absent: not known
 	Problems  []conditionTexts `json:"problems,omitempty"`
 	// Message says why it is not connected.
 	Message string `json:"message,omitempty"`
@@ -93,8 +100,27 @@ func (c *connection) status(ctx context.Context, namespace string) (*clusterStat
 		x.Addresses, x.Endpoint = append(x.Addresses, o.Status.Addresses...), o.Status.Endpoint
 		s.Devices = append(s.Devices, x)
 	}
+	if err := c.complete(ctx, s, inv, namespace); err != nil {
+		return nil, err
+	}
 	s.Encryption, err = c.encryption(ctx)
 	return s, err
+}
+
+// complete adds what others than the gateways' objects say.
+func (c *connection) complete(ctx context.Context, s *clusterStatus, inv inventory, namespace string) (err error) {
+	var peers map[[2]string]*traffic
+	peers, s.Notes = c.measured(ctx, inv.gateways)
+	for kind, list := range map[string][]objectStatus{"site": s.Sites, "device": s.Devices} {
+		for i := range list {
+			list[i].Traffic = peers[[2]string{kind, list[i].Name}]
+		}
+	}
+	if s.Remotes, err = c.remotes(ctx, namespace); err != nil {
+		return err
+	}
+	s.Agents, err = c.agents(ctx)
+	return err
 }
 
 func gatewayOf(o *v1alpha1.VPNGateway) gatewayStatus {
@@ -103,7 +129,8 @@ func gatewayOf(o *v1alpha1.VPNGateway) gatewayStatus {
 		Ready: string(condition(o.Status.Conditions, v1alpha1.ConditionReady).Status), Problems: problemsOf(o.Status.Conditions),
 	}
 	for _, r := range o.Status.Replicas {
-		g.Pods = append(g.Pods, gatewayPod{r.Name, r.NodeName, r.WireGuardDatapath, r.IPsecDatapath, r.MTU})
+		active := slices.ContainsFunc(o.Status.Endpoints, func(e v1alpha1.GatewayEndpoint) bool { return e.Pod == r.Name && e.Active })
+		g.Pods = append(g.Pods, gatewayPod{r.Name, r.NodeName, r.WireGuardDatapath, r.IPsecDatapath, r.MTU, active})
 	}
 	return g
 }
@@ -156,66 +183,113 @@ func (s *clusterStatus) bad() bool {
 			}
 		}
 	}
+	for _, r := range s.Remotes {
+		if len(r.Problems) > 0 {
+			return true
+		}
+	}
 	return s.Encryption != nil && len(s.Encryption.Problems) > 0
 }
 
 func printClusterStatus(w io.Writer, s *clusterStatus, now time.Time) error {
-	if len(s.Gateways)+len(s.Sites)+len(s.Devices) == 0 {
+	if len(s.Gateways)+len(s.Sites)+len(s.Devices)+len(s.Remotes) == 0 {
 		if s.Encryption != nil {
 			return printEncryption(w, s.Encryption, now)
 		}
-		_, err := fmt.Fprintln(w, "no VPNGateway, Site, Device or NodeEncryption")
+		_, err := fmt.Fprintln(w, "no VPNGateway, Site, Device, RemoteCluster or NodeEncryption")
 		return err
 	}
-	t := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
-	var lines []string
-	note := func(kind, name string, problems []conditionTexts) {
-		for _, p := range problems {
-			lines = append(lines, fmt.Sprintf("problem: %s %s: %s: %s: %s", kind, name, p.Type, p.Reason, p.Message))
-		}
+	p := statusPrinter{Writer: tabwriter.NewWriter(w, 0, 0, 2, ' ', 0), now: now}
+	p.gateways(s.Gateways)
+	p.objects("SITE", "Site", s.Sites)
+	p.objects("DEVICE", "Device", s.Devices)
+	p.remotes(s.Remotes)
+	printAgents(p, s.Agents)
+	for _, n := range s.Notes {
+		p.lines = append(p.lines, "note: "+n)
 	}
-	if len(s.Gateways) > 0 {
-		fmt.Fprintln(t, "GATEWAY\tREADY\tADDRESS\tPODS\tPUBLIC KEY")
-	}
-	for _, g := range s.Gateways {
-		var pods []string
-		for _, p := range g.Pods {
-			pods = append(pods, p.Name+"@"+orDash(p.Node))
-		}
-		fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\n", g.Name, g.Ready, orDash(g.Address), orDash(strings.Join(pods, ",")), orDash(g.PublicKey))
-		note("VPNGateway", g.Name, g.Problems)
-	}
-	for _, kind := range []struct {
-		title, kind string
-		list        []objectStatus
-	}{{"SITE", "Site", s.Sites}, {"DEVICE", "Device", s.Devices}} {
-		if len(kind.list) == 0 {
-			continue
-		}
-		fmt.Fprintf(t, "\n%s\tGATEWAY\tREADY\tSTATE\tSINCE\tENDPOINT\tADDRESSES\n", kind.title)
-		for _, x := range kind.list {
-			since := "-"
-			if x.Since != nil {
-				since = ago(now.Sub(x.Since.Time))
-			}
-			fmt.Fprintf(t, "%s\t%s\t%s\t%s\t%s\t%s\t%s\n", x.Name, x.Gateway, x.Ready, upOrDown(x.Connected), since, orDash(x.Endpoint), orDash(strings.Join(x.Addresses, ",")))
-			note(kind.kind, x.Name, x.Problems)
-			if x.Connected == string(metav1.ConditionFalse) && x.Ready == string(metav1.ConditionTrue) && x.Message != "" {
-				lines = append(lines, fmt.Sprintf("down: %s %s: %s", kind.kind, x.Name, x.Message))
-			}
-		}
-	}
-	if err := t.Flush(); err != nil {
+	if err := p.Flush(); err != nil {
 		return err
 	}
-	if len(lines) > 0 {
-		fmt.Fprintf(w, "\n%s\n", strings.Join(lines, "\n"))
+	if len(p.lines) > 0 {
+		fmt.Fprintf(w, "\n%s\n", strings.Join(p.lines, "\n"))
 	}
 	if s.Encryption == nil {
 		return nil
 	}
 	fmt.Fprintln(w)
 	return printEncryption(w, s.Encryption, now)
+}
+
+// statusPrinter prints tables, and keeps what is to be said below them.
+type statusPrinter struct {
+	*tabwriter.Writer
+	now   time.Time
+	lines []string
+}
+
+func (p *statusPrinter) note(kind, name string, problems []conditionTexts) {
+	for _, x := range problems {
+		p.lines = append(p.lines, fmt.Sprintf("problem: %s %s: %s: %s: %s", kind, name, x.Type, x.Reason, x.Message))
+	}
+}
+
+// down says why a peer is away that nothing is wrong with.
+func (p *statusPrinter) down(kind, name, connected, ready, message string) {
+	if connected == string(metav1.ConditionFalse) && ready == string(metav1.ConditionTrue) && message != "" {
+		p.lines = append(p.lines, fmt.Sprintf("down: %s %s: %s", kind, name, message))
+	}
+}
+
+func (p *statusPrinter) since(t *metav1.Time) string {
+	if t == nil {
+		return "-"
+	}
+	return ago(p.now.Sub(t.Time))
+}
+
+func (p *statusPrinter) gateways(list []gatewayStatus) {
+	if len(list) > 0 {
+		fmt.Fprintln(p, "GATEWAY\tREADY\tADDRESS\tPODS\tPUBLIC KEY")
+	}
+	for _, g := range list {
+		var pods []string
+		for _, x := range g.Pods {
+			pod := x.Name + "@" + orDash(x.Node)
+			if len(g.Pods) > 1 && x.Active {
+				pod += "*"
+			}
+			pods = append(pods, pod)
+		}
+		fmt.Fprintf(p, "%s\t%s\t%s\t%s\t%s\n", g.Name, g.Ready, orDash(g.Address), orDash(strings.Join(pods, ",")), orDash(g.PublicKey))
+		p.note("VPNGateway", g.Name, g.Problems)
+	}
+}
+
+func (p *statusPrinter) objects(title, kind string, list []objectStatus) {
+	if len(list) > 0 {
+		fmt.Fprintf(p, "\n%s\tGATEWAY\tREADY\tSTATE\tSINCE\tHANDSHAKE\tRECEIVED\tSENT\tLATENCY\tENDPOINT\tADDRESSES\n", title)
+	}
+	for _, x := range list {
+		handshake, received, sent, latency := x.Traffic.texts(p.now)
+		fmt.Fprintln(p, strings.Join([]string{
+			x.Name, x.Gateway, x.Ready, upOrDown(x.Connected), p.since(x.Since), handshake, received, sent, latency,
+			orDash(x.Endpoint), orDash(strings.Join(x.Addresses, ",")),
+		}, "\t"))
+		p.note(kind, x.Name, x.Problems)
+		p.down(kind, x.Name, x.Connected, x.Ready, x.Message)
+	}
+}
+
+func (p *statusPrinter) remotes(list []remoteStatus) {
+	if len(list) > 0 {
+		fmt.Fprintln(p, "\nREMOTE CLUSTER\tREADY\tSTATE\tSINCE\tHUBS\tSPOKES")
+	}
+	for _, x := range list {
+		fmt.Fprintf(p, "%s\t%s\t%s\t%s\t%d\t%s\n", x.Name, x.Ready, upOrDown(x.Connected), p.since(x.Since), x.Hubs, orDash(strings.Join(x.Spokes, ",")))
+		p.note("RemoteCluster", x.Name, x.Problems)
+		p.down("RemoteCluster", x.Name, x.Connected, x.Ready, x.Message)
+	}
 }
 
 func upOrDown(status string) string {

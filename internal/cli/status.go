@@ -77,8 +77,10 @@ func newStatus() *cobra.Command {
 effect, and why. Exit code 1 when something could not be applied or an object is refused.
 
 The gateway is that of --state or --socket. Without these, and when no gateway runs on this
-host, a configured cluster is asked: for the gateways, sites and devices of all namespaces
-(or of --namespace), with what their conditions say.`,
+host, a configured cluster is asked: for the gateways, sites, devices and remote clusters of
+all namespaces (or of --namespace), with what their conditions say, and for the nodes'
+agents. Bytes, handshakes and latencies come from the gateways' pods, through the API server
+("get" of pods/proxy); of several pods the one with a * works.`,
 		Example: `  culvert status
   culvert status --kubeconfig ~/.kube/config --namespace vpn
   culvert status --state /srv/vpn/state
