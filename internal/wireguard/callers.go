@@ -1,6 +1,7 @@
 package wireguard
 
 import (
+	"maps"
 	"net/netip"
 	"slices"
 	"time"
@@ -16,8 +17,7 @@ import (
 // that the peer was last seen at. Connection tracking, where it is in use, knows these
 // flows.
 
-// callersMax is how many flows of one address are tried for a peer: behind more, its own is
-// found too seldom.
+// callersMax is how many flows are tried for a peer: among more, its own is found too seldom.
 const callersMax = 8
 
 // callers are the flows that came to a UDP port, by address.
@@ -27,12 +27,23 @@ type callers struct {
 	next  time.Time // not to be asked before
 }
 
-// from returns the flows of the address of home that are neither home nor taken.
+// from returns the flows that may be a peer's which was at home, and are nobody's else: those of
+// home's address, then those of private ones. A cluster hides its callers behind another
+// address of its own when the gateway is on another node; other addresses are left alone, since
+// anybody may send under any, and would have all handshakes sent there.
 func (c *callers) from(home netip.AddrPort, taken map[netip.AddrPort]bool) []netip.AddrPort {
 	var out []netip.AddrPort
-	for _, f := range c.flows[home.Addr()] {
-		if f != home && !taken[f] && len(out) < callersMax {
-			out = append(out, f)
+	add := func(list []netip.AddrPort) {
+		for _, f := range list {
+			if f != home && !taken[f] && len(out) < callersMax {
+				out = append(out, f)
+			}
+		}
+	}
+	add(c.flows[home.Addr()])
+	for _, a := range slices.SortedFunc(maps.Keys(c.flows), netip.Addr.Compare) {
+		if a.IsPrivate() && a != home.Addr() && a.Is4() == home.Addr().Is4() {
+			add(c.flows[a])
 		}
 	}
 	return out

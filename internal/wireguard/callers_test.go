@@ -3,6 +3,7 @@ package wireguard
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 	"testing"
 	"time"
 
@@ -10,9 +11,9 @@ import (
 	"github.com/culvert-vpn/culvert/internal/netstate"
 )
 
-// TestCallsBack: a load balancer that hides addresses gives a peer another port when the
-// gateway's successor takes over. The successor finds the peer by the data that it sends; by
-// itself a stock one begins anew after 15 s.
+// TestCallsBack: a load balancer that hides addresses gives a peer another port, and then
+// another address too, when the gateway's successor takes over. The successor finds the peer by
+// the data that it sends; by itself a stock one begins anew after 15 s.
 func TestCallsBack(t *testing.T) {
 	onEveryDatapath(t, func(t *testing.T, kind Datapath) {
 		l := labtest.New(t, "ping", "wg", "nft", "conntrack")
@@ -20,15 +21,14 @@ func TestCallsBack(t *testing.T) {
 		l.Connect(h, "eth0", "192.0.2.1/24", r, "in", "192.0.2.2/24")
 		l.Connect(r, "out", "198.51.100.1/24", far, "eth0", "198.51.100.2/24")
 		r.Sysctl("net/ipv4/ip_forward", "1")
-		balance := func(ports string) {
+		h.IP("route", "add", "10.5.0.2", "via", "192.0.2.2")
+		balance := func(as string) {
 			r.Run("nft", "add table ip b; delete table ip b; table ip b {"+
 				"chain pre { type nat hook prerouting priority dstnat; iifname out udp dport 51820 dnat to 192.0.2.1; };"+
-				"chain post { type nat hook postrouting priority srcnat; oifname in meta l4proto udp masquerade to :"+ports+"; }; }")
+				"chain post { type nat hook postrouting priority srcnat; oifname in meta l4proto udp snat to "+as+"; }; }")
 			r.Run("sh", "-c", "conntrack -F")
 		}
 		h.Run("nft", "table ip t { chain c { type filter hook input priority 0; ct state invalid drop; }; }")
-		balance("2000-2000")
-
 		own, s := newKeys(t), newStock(t, far, "10.9.0.2/24")
 		s.peer(own.public, "198.51.100.1:51820", "10.9.0.0/24")
 		d := netstate.WireGuard{
@@ -43,29 +43,27 @@ func TestCallsBack(t *testing.T) {
 			}
 			return w
 		}
+		balance("192.0.2.2:2000")
 		w := start()
 		labtest.Eventually(t, 10*time.Second, "ping", func() error { return s.ping("10.9.0.1") })
-		was := netip.MustParseAddrPort("192.0.2.2:2000")
-		if at := observe(t, w).Peers[0].Endpoint; at != was {
-			t.Fatalf("the peer is at %s, want %s", at, was)
-		}
-		if err := w.Close(); err != nil {
-			t.Fatal(err)
-		}
-
-		balance("3000-3000")
-		d.Peers[0].Endpoint, d.Peers[0].Initiate = was, true
-		go func() { _, _ = s.Try("ping", "-q", "-i0.2", "-c60", "-W1", "10.9.0.1") }()
-		began := time.Now()
-		w = start()
-		labtest.Eventually(t, 8*time.Second, "the peer is found", func() error {
-			if p := observe(t, w).Peers[0]; p.LastHandshake.IsZero() || p.Endpoint.Port() != 3000 {
-				return fmt.Errorf("last handshake %s, at %s", p.LastHandshake, p.Endpoint)
+		s.Background("ping", "-q", "-i0.2", "10.9.0.1")
+		for _, next := range []string{"192.0.2.2:3000", "10.5.0.2:4000"} {
+			d.Peers[0].Endpoint, d.Peers[0].Initiate = observe(t, w).Peers[0].Endpoint, true
+			if err := w.Close(); err != nil {
+				t.Fatal(err)
 			}
-			return nil
-		})
-		t.Logf("a session after %s", time.Since(began).Round(time.Millisecond))
-		set(t, w, 0, d)
+			balance(next)
+			began := time.Now()
+			w = start()
+			labtest.Eventually(t, 8*time.Second, "the peer is found", func() error {
+				if p := observe(t, w).Peers[0]; p.LastHandshake.IsZero() || p.Endpoint != netip.MustParseAddrPort(next) {
+					return fmt.Errorf("last handshake %s, at %s, want %s", p.LastHandshake, p.Endpoint, next)
+				}
+				return nil
+			})
+			t.Logf("a session with %s after %s", next, time.Since(began).Round(time.Millisecond))
+			set(t, w, 0, d)
+		}
 	})
 }
 
@@ -82,5 +80,13 @@ func TestCallers(t *testing.T) {
 	}
 	if got := c.from(at("192.0.2.2:1000"), nil); len(got) > 0 {
 		t.Errorf("another address has the flows %v", got)
+	}
+	inside := at("10.244.1.1:7")
+	c.flows[inside.Addr()] = []netip.AddrPort{inside}
+	if got := c.from(at("192.0.2.2:1000"), nil); !slices.Equal(got, []netip.AddrPort{inside}) {
+		t.Errorf("%v, want %s, which is the cluster's own", got, inside)
+	}
+	if got := c.from(at("[2001:db8::1]:1000"), nil); len(got) > 0 {
+		t.Errorf("an IPv6 address has the flows %v", got)
 	}
 }
