@@ -139,7 +139,19 @@ func (w *world) silence(t *testing.T, what string) {
 
 func (w *world) ips(pod string) []string {
 	w.t.Helper()
-	return strings.Fields(w.Kubectl("-n", namespace, "get", "pod", pod, "-o", "jsonpath={.status.podIPs[*].ip}"))
+	return w.addresses()[pod]
+}
+
+// addresses are those of all pods, and of all services with their node ports.
+func (w *world) addresses() map[string][]string {
+	w.t.Helper()
+	out := map[string][]string{}
+	for line := range strings.Lines(w.Kubectl("-n", namespace, "get", "pods,services", "-o",
+		`jsonpath={range .items[*]}{.kind}/{.metadata.name} {.status.podIPs[*].ip} {.spec.clusterIP} {.spec.ports[0].nodePort}{"\n"}{end}`)) {
+		f := strings.Fields(line)
+		out[strings.TrimPrefix(f[0], "Pod/")] = f[1:]
+	}
+	return out
 }
 
 func url(ip string) string {
@@ -160,12 +172,13 @@ type request struct {
 func (w *world) requests() []request {
 	w.t.Helper()
 	var out []request
+	known := w.addresses()
 	for i, a := range w.Nodes {
 		b := w.Nodes[(i+1)%len(w.Nodes)]
 		pod := "web-" + a.Name
-		service, port, _ := strings.Cut(w.Kubectl("-n", namespace, "get", "service", "web-"+b.Name, "-o", "jsonpath={.spec.clusterIP} {.spec.ports[0].nodePort}"), " ")
+		service, port := known["Service/web-"+b.Name][0], known["Service/web-"+b.Name][1]
 		third := w.Nodes[(i+2)%len(w.Nodes)]
-		for _, target := range append([]string{}, w.ips("web-"+b.Name)...) {
+		for _, target := range known["web-"+b.Name] {
 			out = append(out,
 				request{pod + " to pod " + target, func() (string, error) { return w.inPod(pod, "get", url(target)) }},
 				request{"host " + a.Name + " to pod " + target, func() (string, error) { return w.onNode(a, "get", url(target)) }})
@@ -185,7 +198,7 @@ func (w *world) requests() []request {
 		}
 	}
 	if w.siteHost != nil {
-		out = append(out, w.withSite()...)
+		out = append(out, w.withSite(known)...)
 	}
 	return out
 }

@@ -99,12 +99,11 @@ func (w *world) background(h *lab.Host, name string, args ...string) {
 }
 
 // withSite are requests between the site and the pods of nodes that the gateway is not on.
-func (w *world) withSite() []request {
-	w.t.Helper()
+func (w *world) withSite(known map[string][]string) []request {
 	var out []request
 	for _, n := range w.Nodes[1:] {
 		pod := "web-" + n.Name
-		for i, ip := range w.ips(pod) {
+		for i, ip := range known[pod] {
 			mine := []string{siteIP, siteIP6}[i]
 			out = append(out,
 				request{"the site to " + pod + " " + ip, func() (string, error) { return w.answers(mine, w.fromHost(w.siteHost, ip)) }},
