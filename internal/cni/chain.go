@@ -40,7 +40,7 @@ type Options struct {
 	// processes; empty: "/".
 	Root string
 	// ConfigDir and BinDir are the runtime's directories with network configurations and
-	// plug-ins, on the host; absolute.
+	// plug-ins, on the host; absolute. The owner's first plug-in must be in BinDir.
 	ConfigDir, BinDir string
 	// Program is the file of our plug-in, in the own file system.
 	Program string
@@ -55,6 +55,8 @@ type Chain struct {
 	changes chan struct{}
 	watcher *fsnotify.Watcher
 	once    sync.Once
+	// compared are the programs, ours and the installed one, that were found to be the same.
+	compared [2]fs.FileInfo
 }
 
 // New changes nothing.
@@ -137,12 +139,13 @@ func (c *Chain) install() (changed int, err error) {
 	if owner < File {
 		return 0, fmt.Errorf("%s in %s comes before %s, so that the runtime would not read ours: rename it", owner, c.opts.ConfigDir, File)
 	}
-	want, mode, err := c.config(dir, owner)
+	want, mode, main, err := c.config(dir, owner)
 	if err != nil {
 		return 0, err // and what is there stays
 	}
-	wrote, err := c.program()
+	wrote, err := c.program(main)
 	if err != nil {
+		_ = dir.Remove(File) // nothing may name a program that the runtime does not find
 		return 0, err
 	}
 	if wrote {
@@ -194,29 +197,33 @@ func first(dir *os.Root) (string, error) {
 	return "", nil
 }
 
-// config is the owner's configuration, with our plug-in at the end.
-func (c *Chain) config(dir *os.Root, owner string) (want []byte, mode fs.FileMode, err error) {
+// config is the owner's configuration, with our plug-in at the end; main is the program of
+// its first plug-in.
+func (c *Chain) config(dir *os.Root, owner string) (want []byte, mode fs.FileMode, main string, err error) {
 	path := filepath.Join(c.opts.ConfigDir, owner)
 	data, err := dir.ReadFile(owner)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, "", err
 	}
 	info, err := dir.Stat(owner)
 	if err != nil {
-		return nil, 0, err
+		return nil, 0, "", err
 	}
 	list := map[string]any{}
 	decoder := json.NewDecoder(bytes.NewReader(data))
 	decoder.UseNumber() // large numbers stay as they are
 	if err := decoder.Decode(&list); err != nil {
-		return nil, 0, fmt.Errorf("%s is no network configuration: %w", path, err)
+		return nil, 0, "", fmt.Errorf("%s is no network configuration: %w", path, err)
 	}
 	if _, single := list["type"]; single { // libcni's ConfListFromConf
 		list = map[string]any{"cniVersion": list["cniVersion"], "name": list["name"], "plugins": []any{list}}
 	}
 	plugins, ok := list["plugins"].([]any)
 	if !ok || len(plugins) == 0 {
-		return nil, 0, fmt.Errorf("%s names no plug-ins", path)
+		return nil, 0, "", fmt.Errorf("%s names no plug-ins", path)
+	}
+	if p, ok := plugins[0].(map[string]any); ok {
+		main, _ = p["type"].(string)
 	}
 	// With what it is a copy of: so a plug-in that the owner took out is told from one that
 	// somebody else put in.
@@ -224,7 +231,7 @@ func (c *Chain) config(dir *os.Root, owner string) (want []byte, mode fs.FileMod
 		"type": Plugin, "stateDirectory": c.opts.State, "copyOf": fmt.Sprintf("%s sha256:%x", owner, sha256.Sum256(data)),
 	})
 	want, err = json.MarshalIndent(list, "", "  ")
-	return append(want, '\n'), info.Mode().Perm(), err
+	return append(want, '\n'), info.Mode().Perm(), main, err
 }
 
 // holds tells whether a file says what is wanted. Other plug-ins that somebody put in between
@@ -246,27 +253,30 @@ func holds(have, want []byte) bool {
 	return reflect.DeepEqual(h, w)
 }
 
-// program installs the plug-in's program.
-func (c *Chain) program() (wrote bool, err error) {
+// program installs the plug-in's program beside the owner's, and nowhere else: a runtime that does
+// not find ours would start no pod any more.
+func (c *Chain) program(main string) (wrote bool, err error) {
 	dir, err := c.open(c.opts.BinDir)
 	if err != nil {
 		return false, fmt.Errorf("directory with network plug-ins: %w", err)
 	}
 	defer func() { _ = dir.Close() }()
+	if _, err := dir.Lstat(main); err != nil {
+		return false, fmt.Errorf("%s has no program %q, which the network plug-in calls: it is not the container runtime's directory of plug-ins", c.opts.BinDir, main)
+	}
 	own, err := os.Open(c.opts.Program)
 	if err != nil {
 		return false, err
 	}
 	defer own.Close()
-	want, err := digest(own)
+	info, err := own.Stat()
 	if err != nil {
 		return false, err
 	}
 	if there, err := dir.Open(Plugin); err == nil {
-		have, err := digest(there)
-		info, statErr := there.Stat()
+		same := c.same(own, info, there)
 		there.Close()
-		if err == nil && statErr == nil && have == want && info.Mode().Perm()&0o111 != 0 {
+		if same {
 			return false, nil
 		}
 	}
@@ -277,6 +287,32 @@ func (c *Chain) program() (wrote bool, err error) {
 		return false, fmt.Errorf("install %s: %w", filepath.Join(c.opts.BinDir, Plugin), err)
 	}
 	return true, nil
+}
+
+// same tells whether the installed program is ours; what has not changed since it was read last
+// is not read again.
+func (c *Chain) same(own *os.File, info fs.FileInfo, there *os.File) bool {
+	have, err := there.Stat()
+	if err != nil || have.Mode().Perm()&0o111 == 0 {
+		return false
+	}
+	if untouched(c.compared[0], info) && untouched(c.compared[1], have) {
+		return true
+	}
+	a, err := digest(own)
+	if err != nil {
+		return false
+	}
+	b, err := digest(there)
+	if err != nil || a != b {
+		return false
+	}
+	c.compared = [2]fs.FileInfo{info, have}
+	return true
+}
+
+func untouched(before, now fs.FileInfo) bool {
+	return before != nil && os.SameFile(before, now) && before.Size() == now.Size() && before.ModTime().Equal(now.ModTime())
 }
 
 func digest(r io.Reader) (sum [sha256.Size]byte, err error) {

@@ -29,8 +29,10 @@ func newHost(t *testing.T) *host {
 			t.Fatal(err)
 		}
 	}
-	if err := os.WriteFile(program, []byte("program 1"), 0o600); err != nil {
-		t.Fatal(err)
+	for _, file := range []string{program, filepath.Join(h.root, "opt/cni/bin/bridge"), filepath.Join(h.root, "opt/cni/bin/ptp")} {
+		if err := os.WriteFile(file, []byte("program 1"), 0o600); err != nil {
+			t.Fatal(err)
+		}
 	}
 	h.Chain = New(Options{Root: h.root, ConfigDir: "/etc/cni/net.d", BinDir: "/opt/cni/bin", Program: program, State: "/var/lib/culvert-agent"})
 	t.Cleanup(func() { _ = h.Close() })
@@ -171,6 +173,14 @@ func TestOwnerInTheMiddle(t *testing.T) {
 	}
 	fails("has no network configuration")
 	h.calls()
+	h.write("00-first.conflist", strings.Replace(owners, "bridge", "elsewhere", 1))
+	fails(`has no program "elsewhere"`)
+	h.calls("elsewhere", "portmap")
+	h.write("00-first.conflist", owners)
+	h.set(true, 1)
+	h.write("00-first.conflist", strings.Replace(owners, "bridge", "elsewhere", 1))
+	fails(`has no program "elsewhere"`)
+	h.calls("elsewhere", "portmap")
 	h.write("00-first.conflist", owners)
 	h.set(true, 1)
 	h.write("!.conflist", owners)

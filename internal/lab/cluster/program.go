@@ -48,7 +48,7 @@ func (c *Cluster) plugIns() string {
 	if c.options.CNI == Cilium {
 		return filepath.Join(c.cilium, "cni")
 	}
-	return "/usr/lib/cni"
+	return "/opt/cni/bin" // the node's own, see init.sh
 }
 
 // moduleRoot finds Culvert's source: its module is above the working directory.
