@@ -96,7 +96,7 @@ func (s *site) knock(from *labtest.Host, text string) (answered bool, err error)
 	}
 	err = tls.Client(c, &tls.Config{
 		ServerName: "h0-4f5e.front.example.com", NextProtos: []string{wire.ALPNJoin},
-		InsecureSkipVerify: true, //nolint:gosec // only whether there is one
+		InsecureSkipVerify: true, // only whether there is one
 		VerifyConnection:   func(tls.ConnectionState) error { answered = true; return nil },
 	}).Handshake()
 	return answered, err

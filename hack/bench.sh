@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Measures Culvert beside its peers (test/bench): installs and builds all of them first.
+# ONLY=tunnels,reverse,services,scale,failover and ROUNDS=N choose; the outcome is
+# .cache/bench/table.md and bench.json.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+if [[ $EUID -ne 0 ]]; then
+	echo "bench: needs root: it builds networks of namespaces" >&2
+	exit 1
+fi
+if ! command -v /usr/sbin/sshd >/dev/null && command -v apt-get >/dev/null; then
+	policy=/usr/sbin/policy-rc.d # it is for the bench to start, not for this machine to run
+	if [[ ! -e $policy ]]; then
+		printf '#!/bin/sh\nexit 101\n' >"$policy"
+		chmod 755 "$policy"
+		trap 'rm -f "$policy"' EXIT
+	fi
+	DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends openssh-server </dev/null
+fi
+
+key=$({ go env GOVERSION; cat hack/bench/go.mod hack/bench/go.sum; } | sha256sum | cut -c1-16)
+dir=$PWD/.cache/bench/$key
+if [[ ! -e $dir/complete ]]; then
+	echo "building the peers (once; takes some minutes)" >&2
+	mkdir -p "$dir"
+	(cd hack/bench && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$dir/" tool) >&2
+	touch "$dir/complete"
+fi
+
+CULVERT_BENCH=1 BENCH_PEERS=$dir BENCH_DIR=${BENCH_DIR:-$PWD/.cache/bench} ONLY=${ONLY:-} ROUNDS=${ROUNDS:-} \
+	go test ./test/bench -run '^TestBench$' -count=1 -timeout 60m -v ${ARGS:-}

@@ -1,0 +1,253 @@
+// Package bench measures Culvert side by side with what people would use in its place: on
+// one topology, in one run, taking turns, with medians and ratios. Figures move by 30 % and
+// more from run to run: compare candidates of one run, and ratios only.
+//
+// "make bench" runs all of it (TestBench); TestSmoke, a part of "make test", checks that
+// every candidate which hack/setup.sh installs runs and moves bytes.
+package bench
+
+import (
+	"encoding/json"
+	"fmt"
+	"math"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/culvert-vpn/culvert/internal/lab/labtest"
+)
+
+// Metric is what is measured of all candidates of a suite.
+type metric struct {
+	name, unit string
+	// less: smaller is better.
+	less bool
+}
+
+// figures are what one candidate gave in one round, by the metric's name.
+type figures map[string]float64
+
+// candidate is one way to do what a suite is about. It is up when it is made.
+type candidate interface {
+	// measure measures once, and fails unless bytes took the way that is measured.
+	measure(t *testing.T) figures
+}
+
+// contender makes a candidate; absent says why it cannot take part on this machine.
+type contender struct {
+	name   string
+	ours   bool
+	absent func() string
+	start  func(t *testing.T, l *labtest.Lab) candidate
+}
+
+// suite is a table of candidates and metrics. Against is the row that others are divided by.
+type suite struct {
+	name, title, against string
+	metrics              []metric
+	contenders           []contender
+}
+
+// result is one suite's outcome.
+type result struct {
+	Suite   string                          `json:"suite"`
+	Title   string                          `json:"title"`
+	Against string                          `json:"against"`
+	Rounds  int                             `json:"rounds"`
+	Absent  map[string]string               `json:"absent,omitempty"`
+	Order   []string                        `json:"order"`
+	Samples map[string]map[string][]float64 `json:"samples"` // candidate, metric
+	metrics []metric
+}
+
+// run starts all candidates and lets them take turns.
+func (s *suite) run(t *testing.T, rounds int) *result {
+	r := &result{Suite: s.name, Title: s.title, Against: s.against, Rounds: rounds, Absent: map[string]string{}, Samples: map[string]map[string][]float64{}, metrics: s.metrics}
+	running := map[string]candidate{}
+	lab := labtest.New(t) // one for all: it is known by the test's name
+	for _, c := range s.contenders {
+		if c.absent != nil {
+			if why := c.absent(); why != "" {
+				r.Absent[c.name] = why
+				t.Logf("%s: %s takes no part: %s", s.name, c.name, why)
+				continue
+			}
+		}
+		begin := time.Now()
+		running[c.name] = c.start(t, lab)
+		r.Order = append(r.Order, c.name)
+		r.Samples[c.name] = map[string][]float64{}
+		t.Logf("%s: %s is up after %s", s.name, c.name, time.Since(begin).Round(time.Millisecond))
+	}
+	for i := range rounds {
+		order := slices.Clone(r.Order)
+		if i%2 == 1 { // who is first has the advantage
+			slices.Reverse(order)
+		}
+		for _, name := range order {
+			got := running[name].measure(t)
+			for m, v := range got {
+				r.Samples[name][m] = append(r.Samples[name][m], v)
+			}
+			t.Logf("%s: round %d: %s: %s", s.name, i+1, name, s.line(got))
+		}
+	}
+	return r
+}
+
+func (s *suite) line(f figures) string {
+	var parts []string
+	for _, m := range s.metrics {
+		if v, ok := f[m.name]; ok {
+			parts = append(parts, fmt.Sprintf("%s %s %s", m.name, number(v), m.unit))
+		}
+	}
+	return strings.Join(parts, ", ")
+}
+
+// median is the middle one, or the mean of the two in the middle; NaN of nothing.
+func median(v []float64) float64 {
+	if len(v) == 0 {
+		return math.NaN()
+	}
+	v = slices.Clone(v)
+	slices.Sort(v)
+	n := len(v)
+	return (v[(n-1)/2] + v[n/2]) / 2
+}
+
+// number has three digits that say something.
+func number(v float64) string {
+	switch a := math.Abs(v); {
+	case math.IsNaN(v):
+		return "–"
+	case a >= 100:
+		return fmt.Sprintf("%.0f", v)
+	case a >= 10:
+		return fmt.Sprintf("%.1f", v)
+	default:
+		return fmt.Sprintf("%.2f", v)
+	}
+}
+
+// table is the result in Markdown: medians, and in parentheses what they are of the row
+// that the others are compared with.
+func (r *result) table() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "### %s\n\n", r.Title)
+	b.WriteString("| |")
+	for _, m := range r.metrics {
+		fmt.Fprintf(&b, " %s (%s) |", m.name, m.unit)
+	}
+	b.WriteString("\n|---|" + strings.Repeat("---|", len(r.metrics)) + "\n")
+	for _, name := range r.Order {
+		fmt.Fprintf(&b, "| %s |", name)
+		for _, m := range r.metrics {
+			v, base := median(r.Samples[name][m.name]), median(r.Samples[r.Against][m.name])
+			if math.IsNaN(v) || name == r.Against || math.IsNaN(base) || base == 0 {
+				fmt.Fprintf(&b, " %s |", number(v))
+				continue
+			}
+			fmt.Fprintf(&b, " %s (%.2f×) |", number(v), v/base)
+		}
+		b.WriteString("\n")
+	}
+	fmt.Fprintf(&b, "\nMedians of %d rounds; in parentheses the ratio to %s.", r.Rounds, r.Against)
+	for _, name := range slices.Sorted(keys(r.Absent)) {
+		fmt.Fprintf(&b, " Not taking part: %s (%s).", name, r.Absent[name])
+	}
+	b.WriteString("\n")
+	return b.String()
+}
+
+func keys(m map[string]string) func(func(string) bool) {
+	return func(yield func(string) bool) {
+		for k := range m {
+			if !yield(k) {
+				return
+			}
+		}
+	}
+}
+
+// machine is where a run took place.
+type machine struct {
+	Processors int    `json:"processors"`
+	Model      string `json:"model"`
+	Memory     string `json:"memory"`
+	Kernel     string `json:"kernel"`
+	Go         string `json:"go"`
+	// Load is the average of the last minute before the run, and after it.
+	Load     [2]string         `json:"load"`
+	Versions map[string]string `json:"versions"`
+	Begun    time.Time         `json:"begun"`
+	Took     string            `json:"took"`
+}
+
+func thisMachine() machine {
+	m := machine{Processors: runtime.NumCPU(), Go: runtime.Version(), Versions: versions(), Begun: time.Now().UTC().Truncate(time.Second)}
+	m.Model = fieldOf("/proc/cpuinfo", "model name")
+	m.Memory = fieldOf("/proc/meminfo", "MemTotal")
+	b, _ := os.ReadFile("/proc/sys/kernel/osrelease")
+	m.Kernel = strings.TrimSpace(string(b))
+	m.Load[0] = load()
+	return m
+}
+
+func load() string {
+	b, _ := os.ReadFile("/proc/loadavg")
+	one, _, _ := strings.Cut(string(b), " ")
+	return one
+}
+
+func fieldOf(file, name string) string {
+	b, _ := os.ReadFile(file)
+	for line := range strings.Lines(string(b)) {
+		if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == name {
+			return strings.TrimSpace(v)
+		}
+	}
+	return "unknown"
+}
+
+func (m machine) String() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "%d × %s, %s, Linux %s, %s; load average before %s, after %s; took %s.\n\n", m.Processors, m.Model, m.Memory, m.Kernel, m.Go, m.Load[0], m.Load[1], m.Took)
+	for _, k := range slices.Sorted(keys(m.Versions)) {
+		fmt.Fprintf(&b, "- %s: %s\n", k, m.Versions[k])
+	}
+	return b.String()
+}
+
+// report writes bench.json and table.md, and prints the latter.
+func report(t *testing.T, m machine, results []*result) {
+	t.Helper()
+	m.Load[1], m.Took = load(), time.Since(m.Begun).Round(time.Second).String()
+	var b strings.Builder
+	fmt.Fprintf(&b, "%s\n", m)
+	for _, r := range results {
+		b.WriteString(r.table() + "\n")
+	}
+	dir := os.Getenv("BENCH_DIR")
+	if dir == "" {
+		dir = filepath.Join("..", "..", ".cache", "bench")
+	}
+	data, err := json.MarshalIndent(map[string]any{"machine": m, "results": results}, "", "  ")
+	if err == nil {
+		err = os.MkdirAll(dir, 0o755)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "bench.json"), append(data, '\n'), 0o644)
+	}
+	if err == nil {
+		err = os.WriteFile(filepath.Join(dir, "table.md"), []byte(b.String()), 0o644)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	fmt.Printf("\n%s", b.String())
+}

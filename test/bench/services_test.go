@@ -1,0 +1,201 @@
+package bench
+
+import (
+	"fmt"
+	"net"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/culvert-vpn/culvert/internal/lab/labtest"
+)
+
+// servicesIP is the service that is measured; the others are there to be looked through.
+const servicesIP = "10.96.0.80"
+
+// serving is a way from a site, through a tunnel, to a service address and to its pod.
+type serving struct {
+	*reversal
+	change func(pod string) // leads the service to another pod
+}
+
+func servicePath(brief bool) *suite {
+	start := func(name, mode string, services int) contender {
+		return contender{name: name, ours: mode != "", start: func(t *testing.T, l *labtest.Lab) candidate {
+			return newServing(t, l, name, mode, services, brief)
+		}}
+	}
+	haproxy := start("HAProxy, TCP, 1 service", "", 1)
+	haproxy.absent = needs("haproxy")
+	s := &suite{
+		name: "services", title: "Services: site → tunnel → service address → pod", against: "Translate, 10 services",
+		metrics: []metric{
+			{"one stream", "Gbit/s", false}, {"new connections", "1/s", false}, {"first byte", "ms", true}, {"first byte p99", "ms", true}, {"an endpoint changes", "ms", true},
+		},
+		contenders: []contender{start("Translate, 10 services", "Translate", 10), start("Proxy, 10 services", "Proxy", 10), haproxy},
+	}
+	if !brief {
+		s.contenders = append(s.contenders, start("Translate, 1,000 services", "Translate", 1000), start("Translate, 10,000 services", "Translate", 10000),
+			start("Proxy, 1,000 services", "Proxy", 1000))
+	}
+	return s
+}
+
+func newServing(t *testing.T, l *labtest.Lab, name, mode string, services int, brief bool) *serving {
+	t.Helper()
+	n := hosts.Add(1)
+	pod := l.Host(fmt.Sprintf("pod%d", n))
+	s := &serving{reversal: &reversal{name: name, brief: brief}}
+	s.pair = &pair{t: t, a: l.Host(fmt.Sprintf("site%d", n)), b: l.Host(fmt.Sprintf("gateway%d", n)), dir: shortDir(t)}
+	l.Connect(s.a, "eth0", outerA+"/24", s.b, "eth0", outerB+"/24")
+	l.Connect(s.b, "pods", "10.50.255.254/16", pod, "eth0", targetIP+"/16 10.50.0.2/16")
+	pod.IP("route", "add", "default", "via", "10.50.255.254")
+	s.b.Sysctl("net/ipv4/ip_forward", "1")
+
+	ends := s.ends()
+	for i, e := range ends {
+		e.host.IP("addr", "add", e.own+"/32", "dev", "lo")
+		site := fmt.Sprintf("  wireguard: {publicKey: %s, endpoint: %q}\n", ends[1-i].key.PublicKey(), e.towards+":51820")
+		cluster, cidrs, traffic := "{podCIDRs: [10.200.0.0/16]}", "10.50.0.0/16, 10.96.0.0/12", ""
+		if e.name == "b" {
+			cluster, cidrs = "{podCIDRs: [10.50.0.0/16], serviceCIDRs: [10.96.0.0/12]}", e.peer+"/32"
+			if traffic = "  clusterTraffic: {services: " + mode + "}\n"; mode == "" {
+				cluster, traffic = "{podCIDRs: [10.50.0.0/16], nodeCIDRs: ["+servicesIP+"/32]}", ""
+			}
+		}
+		s.write(e.name+"/manifests/all.yaml", "apiVersion: culvert.dev/v1alpha1\nkind: VPNGateway\nmetadata: {name: bench, namespace: default}\nspec:\n  cluster: "+cluster+"\n  expose: {type: None}\n"+traffic+
+			"---\napiVersion: culvert.dev/v1alpha1\nkind: Site\nmetadata: {name: peer, namespace: default}\nspec:\n  gatewayRef: {name: bench}\n  cidrs: ["+cidrs+"]\n  access: {to: [Pods, Services, Nodes]}\n"+site)
+		s.write(e.name+"/state/wireguard.key", e.key.String()+"\n")
+	}
+	s.serveServices(mode, services)
+	for i, e := range ends {
+		s.program(e.host, culvert, "gateway", "--manifests", s.path(e.name+"/manifests"), "--state", s.path(e.name+"/state"), "--http", "127.0.0.1:9586", "--log-level", "warn")
+		labtest.Eventually(t, 60*time.Second, "the gateway is ready", func() error { return ready(e.host) })
+		if i == 0 {
+			e.host.IP("route", "add", "10.96.0.0/12", "dev", "cvtwg0", "src", e.own, "metric", "5000")
+		}
+	}
+	s.connect = func() (net.Conn, error) {
+		var c net.Conn
+		err := s.a.Host.Do(func() (err error) {
+			d := net.Dialer{Timeout: 2 * time.Second, LocalAddr: &net.TCPAddr{IP: net.ParseIP(innerA)}}
+			c, err = d.Dial("tcp", servicesIP+":80")
+			return err
+		})
+		return c, err
+	}
+	s.serveAt(pod, targetIP+":7000", 'h')
+	s.serveAt(pod, "10.50.0.2:7000", 'i')
+	labtest.Eventually(t, 60*time.Second, "a way to the service by "+name, func() error {
+		c, _, err := s.open()
+		if err == nil {
+			err = c.Close()
+		}
+		return err
+	})
+	return s
+}
+
+// serveServices is how the service comes to its pod, and how that changes.
+func (s *serving) serveServices(mode string, services int) {
+	if mode == "" {
+		conf := func(pod string) {
+			s.write("haproxy.cfg", "global\n  maxconn 4000\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\nlisten web\n  bind "+servicesIP+":80\n  server pod "+pod+":7000\n")
+		}
+		conf(targetIP)
+		s.b.IP("addr", "add", servicesIP+"/32", "dev", "lo")
+		cmd, _ := s.b.Background("haproxy", "-W", "-db", "-f", s.path("haproxy.cfg"))
+		s.pids = append(s.pids, cmd.Process.Pid)
+		s.change = func(pod string) {
+			conf(pod)
+			s.b.Run("kill", "-USR2", fmt.Sprint(cmd.Process.Pid))
+		}
+		return
+	}
+	service := func(name, address string) string {
+		return "---\napiVersion: v1\nkind: Service\nmetadata: {name: " + name + ", namespace: default}\nspec:\n  clusterIP: " + address + "\n  clusterIPs: [" + address + "]\n  ports:\n  - {name: web, protocol: TCP, port: 80, targetPort: 7000}\n"
+	}
+	slice := func(name, pod string) string {
+		return "---\napiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\nmetadata:\n  name: " + name + "-1\n  namespace: default\n  labels: {kubernetes.io/service-name: " + name + "}\naddressType: IPv4\nports:\n- {name: web, protocol: TCP, port: 7000}\nendpoints:\n- {addresses: [" + pod + "], conditions: {ready: true}}\n"
+	}
+	var all strings.Builder
+	for i := range services - 1 {
+		name := fmt.Sprintf("other-%d", i)
+		all.WriteString(service(name, fmt.Sprintf("10.97.%d.%d", i/250, i%250+1)) + slice(name, targetIP))
+	}
+	s.write("b/manifests/others.yaml", all.String())
+	s.write("b/manifests/service.yaml", service("web", servicesIP))
+	s.change = func(pod string) { s.replace("b/manifests/endpoints.yaml", slice("web", pod)) }
+	s.change(targetIP)
+}
+
+// open is reversal's, and says which pod answered.
+func (s *serving) open() (net.Conn, byte, error) {
+	c, err := s.connect()
+	if err != nil {
+		return nil, 0, err
+	}
+	_ = c.SetDeadline(time.Now().Add(20 * time.Second))
+	var b [1]byte
+	if _, err := c.Read(b[:]); err != nil {
+		_ = c.Close()
+		return nil, 0, err
+	}
+	return c, b[0], nil
+}
+
+func (s *serving) measure(t *testing.T) figures {
+	t.Helper()
+	out := figures{}
+	n, size := 300, int64(256<<20)
+	if s.brief {
+		n, size = 20, 16<<20
+	}
+	var took []float64
+	begin := time.Now()
+	for range n {
+		one := time.Now()
+		c, _, err := s.open()
+		if err != nil {
+			t.Fatalf("%s: %v", s.name, err)
+		}
+		took = append(took, time.Since(one).Seconds()*1e3)
+		_ = c.Close()
+	}
+	out["new connections"] = float64(n) / time.Since(begin).Seconds()
+	out["first byte"], out["first byte p99"] = median(took), quantile(took, 0.99)
+	seconds, err := s.download(1, size)
+	if err != nil {
+		t.Fatalf("%s: %v", s.name, err)
+	}
+	out["one stream"] = float64(size) * 8 / seconds / 1e9
+	out["an endpoint changes"] = s.moves(t)
+	return out
+}
+
+// moves is how long after a change the first connection reaches the other pod.
+func (s *serving) moves(t *testing.T) float64 {
+	t.Helper()
+	begin := time.Now()
+	s.change("10.50.0.2")
+	labtest.Eventually(t, 30*time.Second, "the other pod answers", func() error {
+		c, who, err := s.open()
+		if err == nil {
+			_ = c.Close()
+			if who != 'i' {
+				err = fmt.Errorf("%q answers", who)
+			}
+		}
+		return err
+	})
+	took := time.Since(begin).Seconds() * 1e3
+	s.change(targetIP)
+	labtest.Eventually(t, 30*time.Second, "the first pod answers again", func() error {
+		c, err := s.reversal.open()
+		if err == nil {
+			err = c.Close()
+		}
+		return err
+	})
+	return took
+}
