@@ -41,7 +41,7 @@ func newWorld(t *testing.T, objects ...client.Object) *world {
 	}
 	w := &world{t: t, now: time.Unix(1_700_000_000, 0)}
 	w.client = fake.NewClientBuilder().WithScheme(scheme).
-		WithStatusSubresource(&v1alpha1.VPNGateway{}, &v1alpha1.Site{}, &v1alpha1.Device{}, &corev1.Service{}).
+		WithStatusSubresource(&v1alpha1.VPNGateway{}, &v1alpha1.Site{}, &v1alpha1.Device{}, &v1alpha1.RemoteCluster{}, &corev1.Service{}, &appsv1.StatefulSet{}).
 		WithObjects(node("n1", "10.244.1.0/24", "172.30.0.11"), node("n2", "10.244.2.0/24", "172.30.0.12"),
 			&networkingv1.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: []string{"10.96.0.0/16"}}}).
 		Build()
@@ -105,8 +105,12 @@ func (w *world) operator(funcs interceptor.Funcs) *Operator {
 		Cached: w.client, Live: w.client, Writer: c, ServiceCIDRs: true,
 		Workload:       workload.Options{Image: "culvert:test", ClusterRole: "culvert-gateway"},
 		ServiceAccount: model.ID{Namespace: "culvert-system", Name: "culvert-operator"},
-		Logger:         slog.New(slog.DiscardHandler),
-		Now:            func() time.Time { return w.now },
+		Tunnel: Tunnel{
+			Enabled: true, Domain: "hubs.culvert.internal",
+			Service: model.ID{Namespace: "culvert-system", Name: "culvert-front"}, Routes: model.ID{Namespace: "culvert-system", Name: "culvert-front-routes"},
+		},
+		Logger: slog.New(slog.DiscardHandler),
+		Now:    func() time.Time { return w.now },
 	})
 }
 
@@ -129,7 +133,7 @@ func (w *world) rounds(o *Operator) {
 func (w *world) versions() []string {
 	var out []string
 	for _, l := range []client.ObjectList{
-		&v1alpha1.VPNGatewayList{}, &v1alpha1.SiteList{}, &v1alpha1.DeviceList{}, &appsv1.StatefulSetList{}, &corev1.ServiceList{},
+		&v1alpha1.VPNGatewayList{}, &v1alpha1.SiteList{}, &v1alpha1.DeviceList{}, &v1alpha1.RemoteClusterList{}, &corev1.ConfigMapList{}, &appsv1.StatefulSetList{}, &corev1.ServiceList{},
 		&corev1.ServiceAccountList{}, &corev1.SecretList{}, &coordinationv1.LeaseList{}, &rbacv1.RoleList{}, &rbacv1.RoleBindingList{}, &rbacv1.ClusterRoleBindingList{},
 	} {
 		w.list(l)

@@ -156,6 +156,9 @@ func TestRefused(t *testing.T) {
 		"log level":            {[]string{"--set", "agent.logLevel=loud"}, []string{"/agent/logLevel"}},
 		"gateway without spec": {[]string{"--set", "gateways.main.namespace=x"}, []string{"/gateways/main", "'spec'"}},
 		"gateway's name":       {[]string{"--set", "gateways.Main.spec.replicas=1"}, []string{"Main"}},
+		"front without hubs":   {[]string{"--set", "front.enabled=true,featureGates.ReversedTunnel=false"}, []string{"front.enabled is true and featureGates.ReversedTunnel false"}},
+		"front's address":      {[]string{"--set", "front.address=example.com"}, []string{"/front/address"}},
+		"unknown gate":         {[]string{"--set", "featureGates.Reversed=true"}, []string{"'Reversed' not allowed"}},
 		"nobody sets sysctls":  {[]string{"--set", "agent.enabled=false"}, []string{"set gatewayPods.sysctls to InitContainer or Kubelet"}},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -53,8 +53,8 @@ func TestRights(t *testing.T) {
 
 // TestRestricted: what needs no privilege has none (Pod Security Standards, "restricted").
 func TestRestricted(t *testing.T) {
-	list := objects(t, render(t))
-	for kind, name := range map[string]string{"Deployment": "culvert-operator", "Job": "culvert-crds"} {
+	list := objects(t, render(t, "--set", "front.enabled=true"))
+	for name, kind := range map[string]string{"culvert-operator": "Deployment", "culvert-front": "Deployment", "culvert-crds": "Job"} {
 		pod, _, _ := unstructured.NestedMap(find(t, list, kind, name).Object, "spec", "template", "spec")
 		expect := func(in map[string]any, want any, path ...string) {
 			t.Helper()

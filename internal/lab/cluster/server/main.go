@@ -1,6 +1,7 @@
 // Server is the program of the cluster's test pods: it says and logs who calls.
 //
 //	server                         HTTP on TCP 8080, an echo on TCP and UDP 8081, until it is ended
+//	server tls CERTIFICATE KEY     a webhook and an aggregated API on TCP 8443 (files), until it is ended
 //	server pause                   nothing, until it is ended
 //	server get URL                 prints what an HTTP server answers
 //	server hash URL                prints "bytes=N sha256=HEX" of it
@@ -37,6 +38,8 @@ func main() {
 	switch {
 	case len(os.Args) < 2:
 		err = serve()
+	case os.Args[1] == "tls" && len(os.Args) == 4:
+		err = serveTLS(os.Args[2], os.Args[3])
 	case os.Args[1] != "pause":
 		if err = call(os.Args[1:]); err == nil {
 			return
