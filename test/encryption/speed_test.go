@@ -17,21 +17,22 @@ import (
 )
 
 // The goals are asserted when CULVERT_GOALS is set (make speed), which wants a machine that
-// does nothing else. Otherwise few rounds guard against getting much worse.
+// does nothing else: the median of all rounds must reach them. Otherwise the best of few rounds
+// guards against getting much worse.
 const (
 	goalSpeed  = 0.9
 	goalRounds = 21
 
-	guardSpeed  = 0.6
+	guardSpeed  = 0.7
 	guardRounds = 3
 
 	goalGuard  = 0.98 // with the guard as against without
-	guardGuard = 0.75
+	guardGuard = 0.85
 )
 
 // TestSpeed: a pod talks to a pod of the other node, with WireGuard in user space, against two
 // hosts with the library's own program and nothing else between them; and with the guard
-// against without it. One TCP stream, in turns; the medians of the ratios decide.
+// against without it. One TCP stream, in turns.
 func TestSpeed(t *testing.T) {
 	labtest.Require(t, "iperf3", "ping", "go", "wg")
 	c := newCluster(t, 2)
@@ -120,7 +121,7 @@ func listen(t *testing.T, from, on *labtest.Host, at string) {
 	})
 }
 
-// ratio measures two in turns and returns the median of their ratios.
+// ratio measures two in turns and returns the ratio that decides.
 func ratio(t *testing.T, what string, rounds int, x, y func() float64) float64 {
 	t.Helper()
 	var ratios, xs, ys []float64
@@ -134,8 +135,9 @@ func ratio(t *testing.T, what string, rounds int, x, y func() float64) float64 {
 		ratios, xs, ys = append(ratios, a/b), append(xs, a), append(ys, b)
 	}
 	load, _ := os.ReadFile("/proc/loadavg")
-	t.Logf("%s: %.3f and %.3f Gbit/s, median of %d ratios %.3f (load %.4s)", what, median(xs), median(ys), rounds, median(ratios), load)
-	return median(ratios)
+	decisive := labtest.Decisive(ratios, func(a, b float64) bool { return a > b })
+	t.Logf("%s: %.3f and %.3f Gbit/s, median of %d ratios %.3f, %.3f decides (load %.4s)", what, median(xs), median(ys), rounds, median(ratios), decisive, load)
+	return decisive
 }
 
 func median(v []float64) float64 {

@@ -82,9 +82,9 @@ spec: {type: NodePort, selector: {node: %[1]s}, ports: [{port: 80, targetPort: 8
 	}
 }
 
-// listen notes what goes over a node's wire in the clear: what has a pod at an end, and what
-// nodes say to each other, other than WireGuard, the kernel's words about it (nobody listens
-// at that port yet), and neighbour discovery.
+// listen notes what goes over a node's wire in the clear: what has a pod at an end (but for the API
+// server's, whose machine is no node), and what nodes say to each other, other than WireGuard, the
+// kernel's words about it (nobody listens at that port yet), and neighbour discovery.
 func (w *world) listen(n *cluster.Node) {
 	w.t.Helper()
 	var between []string
@@ -97,7 +97,7 @@ func (w *world) listen(n *cluster.Node) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cmd := n.Command(ctx, "tcpdump", "-n", "-l", "-q", "-p", "-i", "eth0",
-		"(net 10.244.0.0/16 or net fd00:244::/32 or net 192.168.50.0/24 or net fd00:50::/64 or "+strings.Join(between, " or ")+") and not arp and not udp port 51821 and not (icmp[0] = 3 and icmp[1] = 3 and icmp[30:2] = 51821) and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137)")
+		"(net 10.244.0.0/16 or net fd00:244::/32 or net 192.168.50.0/24 or net fd00:50::/64 or "+strings.Join(between, " or ")+") and not host 172.30.0.10 and not host fd00:30::10 and not arp and not udp port 51821 and not (icmp[0] = 3 and icmp[1] = 3 and icmp[30:2] = 51821) and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137)")
 	out, err := cmd.StdoutPipe()
 	if err == nil {
 		err = n.Start(cmd)
