@@ -23,6 +23,7 @@ func (c *connection) examine(ctx context.Context) findings {
 	}
 	f.add(findingOK, "API server", "%s answers, and knows Culvert's kinds", c.host)
 	c.examineParts(ctx, &f)
+	c.examineCilium(ctx, &f)
 	if len(s.Gateways) == 0 {
 		f.add(findingNote, "gateways", "there is none: write a VPNGateway")
 	}

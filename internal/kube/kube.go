@@ -119,6 +119,7 @@ var kinds = []struct {
 	{v1alpha1.GroupVersion, "NodeEncryption", "nodeencryptions", false},
 	{v1alpha1.GroupVersion, "NodeTunnel", "nodetunnels", false},
 	{appsv1.SchemeGroupVersion, "StatefulSet", "statefulsets", true},
+	{appsv1.SchemeGroupVersion, "DaemonSet", "daemonsets", true}, // Cilium's, for the doctor
 	{corev1.SchemeGroupVersion, "Service", "services", true},
 	{corev1.SchemeGroupVersion, "Secret", "secrets", true},
 	{corev1.SchemeGroupVersion, "ConfigMap", "configmaps", true},

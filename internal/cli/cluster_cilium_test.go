@@ -1,0 +1,50 @@
+package cli
+
+import (
+	"strings"
+	"testing"
+)
+
+func TestJudgeCilium(t *testing.T) {
+	for name, c := range map[string]struct {
+		config, links map[string]string
+		want          []string // one line has each, in this order
+	}{
+		"as the chart makes it": {
+			config: map[string]string{"routing-mode": "tunnel", "kube-proxy-replacement": "false", "ipam": "cluster-pool"},
+			want:   []string{"tunnel: nodeLink Encapsulated", "false: kube-proxy translates", "note Cilium: ipam cluster-pool"},
+		},
+		"Constellation 2.x": {
+			config: map[string]string{"tunnel": "disabled", "kube-proxy-replacement": "strict", "ipam": "kubernetes", "enable-wireguard": "true", "enable-cilium-endpoint-slice": "true"},
+			links:  map[string]string{"vpn/hq": ""},
+			want:   []string{"native: nodeLink", "true: services Translate works; Route would not", "ok Cilium: ipam", "note Cilium: encryption is on"},
+		},
+		"sockets of hosts": {
+			config: map[string]string{"kube-proxy-replacement": "true", "bpf-lb-sock-hostns-only": "true"},
+			want:   []string{"true, sockets of hosts only"},
+		},
+		"the endpoint's way with slices": {
+			config: map[string]string{"enable-cilium-endpoint-slice": "true"},
+			links:  map[string]string{"vpn/hq": "CiliumEndpoint"},
+			want:   []string{"note VPNGateway vpn/hq", "note Cilium: enable-cilium-endpoint-slice"},
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			var text strings.Builder
+			for _, f := range judgeCilium(c.config, c.links) {
+				text.WriteString(f.Result + " " + f.Check + " " + f.Message + "\n")
+				if f.Result == findingFail {
+					t.Errorf("%s is called broken: %s", f.Check, f.Message)
+				}
+			}
+			rest := text.String()
+			for _, want := range c.want {
+				_, after, found := strings.Cut(rest, want)
+				if !found {
+					t.Fatalf("no %q in\n%s", want, text.String())
+				}
+				rest = after
+			}
+		})
+	}
+}
