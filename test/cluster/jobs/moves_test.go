@@ -122,8 +122,8 @@ func (s *site) operatorUpgraded() {
 	}
 }
 
-// allUpgraded: with another image everything is replaced; the gateway's pod is away as long as
-// when it is deleted.
+// allUpgraded: with another image everything is replaced: the gateway's pod, and the agent of its
+// node, which the pod waits for when both are new.
 func (s *site) allUpgraded() {
 	const image = "culvert.dev/culvert:next"
 	for i := range s.Nodes {
@@ -144,8 +144,8 @@ func (s *site) allUpgraded() {
 		return err
 	})
 	s.settle(site, phone)
-	s.away("site", site, 15*time.Second)
-	s.away("device", phone, 10*time.Second)
+	s.away("site", site, 30*time.Second)
+	s.away("device", phone, 30*time.Second)
 	if after := s.identity(); after != before {
 		s.t.Errorf("key and addresses were %s and are %s", before, after)
 	}

@@ -1,6 +1,7 @@
 package jobs_test
 
 import (
+	"context"
 	"fmt"
 	"strconv"
 	"strings"
@@ -92,14 +93,16 @@ func (s *site) bulk() {
 // transfer gets bytes from the pod on a node and sends as many, and wants their hashes right.
 func (s *site) transfer(node string, size int) {
 	s.t.Helper()
+	ctx, cancel := context.WithTimeout(s.t.Context(), 4*time.Minute) // a busy machine takes its time
+	defer cancel()
 	pod, began := "http://"+s.pods[node]+":8080", time.Now()
-	local, err := s.host.Try("sh", "-c", fmt.Sprintf("curl -sS -m 120 --interface %s '%s/bytes?n=%d' | sha256sum", siteHost, pod, size))
+	local, err := s.host.Output(ctx, "sh", "-c", fmt.Sprintf("curl -sS -m 120 --interface %s '%s/bytes?n=%d' | sha256sum", siteHost, pod, size))
 	if err != nil {
 		s.t.Fatalf("%d bytes from the pod on %s: %v", size, node, err)
 	}
 	down := time.Since(began)
 	sum, _, _ := strings.Cut(local, " ")
-	out, err := s.host.Try(s.TestServer(), "send", pod+"/sink", strconv.Itoa(size))
+	out, err := s.host.Output(ctx, s.TestServer(), "send", pod+"/sink", strconv.Itoa(size))
 	if want := fmt.Sprintf("bytes=%d sha256=%s", size, sum); err != nil || strings.TrimSpace(out) != want {
 		s.t.Errorf("%d bytes to the pod on %s: %q (%v), want %q", size, node, out, err, want)
 	}

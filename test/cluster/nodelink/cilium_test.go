@@ -43,11 +43,16 @@ func (w *world) ciliumEndpoint(t *testing.T) {
 	w.Namespace("link")
 	w.Apply(strings.Replace(objects("Z2F0ZXdheS1nYXRld2F5LWdhdGV3YXktZ2F0ZXdheSE="), "  expose:", "  clusterTraffic: {nodeLink: CiliumEndpoint}\n  expose:", 1))
 	w.Kubectl("-n", "link", "wait", "vgw/edge", "--for=condition=Ready", "--timeout=60s")
+	// What was uninstalled has left the VPNGateway Ready: that says nothing of the new pod.
+	labtest.Eventually(t, 60*time.Second, "the gateway's new pod has addresses", func() error {
+		out, err := w.TryKubectl("-n", "link", "get", "pod", "culvert-edge-0", "-o", "jsonpath={.status.podIPs[*].ip}")
+		if err == nil && len(strings.Fields(out)) != 2 {
+			err = fmt.Errorf("it has %q", out)
+		}
+		return err
+	})
 	w.Wait("link", "--all")
 	ips := w.podIPs("culvert-edge-0")
-	if len(ips) != 2 {
-		t.Fatalf("the gateway pod has the addresses %v", ips)
-	}
 	if a := w.Kubectl("-n", "link", "get", "pod", "culvert-edge-0", "-o", "jsonpath={.metadata.annotations}"); !strings.Contains(a, `"config.cilium.io/disable-source-ip-verification":"true"`) {
 		t.Errorf("the pod's annotations lift no source verification: %s", a)
 	}
