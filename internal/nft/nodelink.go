@@ -23,7 +23,11 @@ func (r *firewallSets) nodeLink(l *netstate.NodeLink) {
 	name := r.link(l.Link)
 	const otherwise = "counter name spoofed drop"
 	r.part.base("link_input", "filter", "input", priorityNodeLink, fmt.Sprintf("udp dport %d goto fw_link_outer", l.Port))
-	r.part.chain("link_outer", append(each("{ip} saddr @fw_outer{n} accept"), otherwise)...)
+	// A packet that is taken out keeps the mark of the one around it. Cilium marks that with the
+	// identity of the pod that has sent it, the gateway's: policies would see it in the place
+	// of a site's address.
+	unmark := append([]string{"meta mark set 0"}, each("{ip} saddr @fw_outer{n} accept")...)
+	r.part.chain("link_outer", append(unmark, otherwise)...)
 	r.part.base("link_prerouting", "filter", "prerouting", priorityTunnels, fmt.Sprintf("iifname %s goto fw_link_inner", name))
 	r.part.chain("link_inner", append(each("{ip} saddr @fw_inner_hosts{n} accept", "{ip} saddr @fw_inner_nets{n} accept"), otherwise)...)
 	for _, a := range l.Outer {
