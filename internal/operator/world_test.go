@@ -133,7 +133,7 @@ func (w *world) rounds(o *Operator) {
 func (w *world) versions() []string {
 	var out []string
 	for _, l := range []client.ObjectList{
-		&v1alpha1.VPNGatewayList{}, &v1alpha1.SiteList{}, &v1alpha1.DeviceList{}, &v1alpha1.RemoteClusterList{}, &corev1.ConfigMapList{}, &appsv1.StatefulSetList{}, &corev1.ServiceList{},
+		&v1alpha1.VPNGatewayList{}, &v1alpha1.SiteList{}, &v1alpha1.DeviceList{}, &v1alpha1.RemoteClusterList{}, &appsv1.StatefulSetList{}, &corev1.ServiceList{},
 		&corev1.ServiceAccountList{}, &corev1.SecretList{}, &coordinationv1.LeaseList{}, &rbacv1.RoleList{}, &rbacv1.RoleBindingList{}, &rbacv1.ClusterRoleBindingList{},
 	} {
 		w.list(l)
