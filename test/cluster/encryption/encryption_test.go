@@ -374,6 +374,14 @@ func nothingLeft(n *cluster.Node) error {
 // kill kills a node's agent.
 func kill(t *testing.T, n *cluster.Node) {
 	t.Helper()
+	if err := syscall.Kill(agentProcess(t, n), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// agentProcess is the agent of a node.
+func agentProcess(t *testing.T, n *cluster.Node) int {
+	t.Helper()
 	want, err := os.Stat("/run/netns/" + n.Namespace)
 	if err != nil {
 		t.Fatal(err)
@@ -386,12 +394,10 @@ func kill(t *testing.T, n *cluster.Node) {
 			continue
 		}
 		pid, _ := strconv.Atoi(filepath.Base(d))
-		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
-		return
+		return pid
 	}
 	t.Fatalf("no agent runs on %s", n.Name)
+	return 0
 }
 
 func (w *world) agentOn(node string) string {

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"net"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -94,10 +93,7 @@ func (w *world) reported(t *testing.T) {
 		!strings.Contains(metrics, `culvert_node_handshake_age_seconds{node="`+w.Nodes[1].Name+`"}`) {
 		t.Errorf("metrics: %v: %s", err, metrics)
 	}
-	program := filepath.Join(t.TempDir(), "culvert")
-	if out, err := exec.Command("go", "build", "-o", program, "github.com/culvert-vpn/culvert/cmd/culvert").CombinedOutput(); err != nil {
-		t.Fatalf("%v: %s", err, out)
-	}
+	program := fmt.Sprintf("/proc/%d/exe", agentProcess(t, w.Nodes[0])) // the image's
 	ctx, cancel := context.WithTimeout(context.Background(), clustertest.Try)
 	defer cancel()
 	status, err := exec.CommandContext(ctx, program, "status", "--kubeconfig", w.Kubeconfig()).CombinedOutput()
