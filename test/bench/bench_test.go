@@ -65,7 +65,9 @@ func TestBench(t *testing.T) {
 		if only != nil && !slices.Contains(only, s.name) {
 			continue
 		}
-		t.Run(s.name, func(t *testing.T) { results = append(results, s.run(t, rounds)) })
+		r := s.result(rounds)
+		results = append(results, r)
+		t.Run(s.name, func(t *testing.T) { s.run(t, r) })
 	}
 	if len(results) == 0 {
 		t.Fatalf("no suite named %q: tunnels, reverse, services, scale, failover", os.Getenv("ONLY"))
@@ -80,7 +82,8 @@ func TestSmoke(t *testing.T) {
 	begin := time.Now()
 	for _, s := range suites(true) {
 		t.Run(s.name, func(t *testing.T) {
-			r := s.run(t, 1)
+			r := s.result(1)
+			s.run(t, r)
 			for _, c := range s.contenders {
 				if _, absent := r.Absent[c.name]; absent && c.ours {
 					t.Errorf("%s takes no part: %s", c.name, r.Absent[c.name])
@@ -146,7 +149,7 @@ func versions() map[string]string {
 	if peers != "" {
 		for name, module := range map[string]string{
 			"wireguard-go (upstream)": "golang.zx2c4.com/wireguard", "wireguard-go (Tailscale's)": "github.com/tailscale/wireguard-go",
-			"Nebula": "github.com/slackhq/nebula", "Tailscale": "tailscale.com",
+			"Nebula": "github.com/slackhq/nebula",
 		} {
 			ask(name, "go", "-C", "../../hack/bench", "list", "-m", "-f", "{{.Version}}", module)
 		}

@@ -123,7 +123,7 @@ func killGateway(t *testing.T, l *labtest.Lab, v *victim) {
 	pid := p.pids[1]
 	v.works = p.echoes()
 	v.strike = func() {
-		_ = syscall.Kill(pid, syscall.SIGKILL)
+		slay(pid)
 		pid = p.again("b").Process.Pid
 		p.b.IP("route", "replace", innerB+"/32", "dev", "lo") // so that the host stays what it was
 	}
@@ -164,7 +164,7 @@ func killed(t *testing.T, l *labtest.Lab, v *victim, what int) {
 		host = r.b
 	}
 	v.strike = func() {
-		_ = syscall.Kill(pid, syscall.SIGKILL)
+		slay(pid)
 		cmd, _ := host.Background(args[0], args[1:]...)
 		pid = cmd.Process.Pid
 	}
@@ -173,6 +173,17 @@ func killed(t *testing.T, l *labtest.Lab, v *victim, what int) {
 // The order in which culvertReversal starts its processes: front, hub, spoke, egress.
 func killHub(t *testing.T, l *labtest.Lab, v *victim)   { killed(t, l, v, 1) }
 func killSpoke(t *testing.T, l *labtest.Lab, v *victim) { killed(t, l, v, 2) }
+
+// slay kills a process and waits until it is gone, as its supervisor does.
+func slay(pid int) {
+	_ = syscall.Kill(pid, syscall.SIGKILL)
+	for range 1000 {
+		if err := syscall.Kill(pid, 0); err != nil {
+			return
+		}
+		time.Sleep(time.Millisecond)
+	}
+}
 
 // stopProcess ends a program as a service manager does, and waits for it.
 func stopProcess(cmd *exec.Cmd) {

@@ -64,9 +64,15 @@ type result struct {
 	metrics []metric
 }
 
-// run starts all candidates and lets them take turns.
-func (s *suite) run(t *testing.T, rounds int) *result {
-	r := &result{Suite: s.name, Title: s.title, Against: s.against, Rounds: rounds, Absent: map[string]string{}, Samples: map[string]map[string][]float64{}, metrics: s.metrics}
+// result of a suite that has not been run.
+func (s *suite) result(rounds int) *result {
+	return &result{Suite: s.name, Title: s.title, Against: s.against, Rounds: rounds, Absent: map[string]string{}, Samples: map[string]map[string][]float64{}, metrics: s.metrics}
+}
+
+// run starts all candidates and lets them take turns. What was measured before one of them
+// fails the test is in the result.
+func (s *suite) run(t *testing.T, r *result) {
+	t.Helper()
 	running := map[string]candidate{}
 	lab := labtest.New(t) // one for all: it is known by the test's name
 	for _, c := range s.contenders {
@@ -83,7 +89,7 @@ func (s *suite) run(t *testing.T, rounds int) *result {
 		r.Samples[c.name] = map[string][]float64{}
 		t.Logf("%s: %s is up after %s", s.name, c.name, time.Since(begin).Round(time.Millisecond))
 	}
-	for i := range rounds {
+	for i := range r.Rounds {
 		order := slices.Clone(r.Order)
 		if i%2 == 1 { // who is first has the advantage
 			slices.Reverse(order)
@@ -96,7 +102,6 @@ func (s *suite) run(t *testing.T, rounds int) *result {
 			t.Logf("%s: round %d: %s: %s", s.name, i+1, name, s.line(got))
 		}
 	}
-	return r
 }
 
 func (s *suite) line(f figures) string {
