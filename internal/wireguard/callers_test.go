@@ -90,3 +90,15 @@ func TestCallers(t *testing.T) {
 		t.Errorf("an IPv6 address has the flows %v", got)
 	}
 }
+
+func TestTurn(t *testing.T) {
+	at := netip.MustParseAddrPort
+	found, home := []netip.AddrPort{at("192.0.2.1:1"), at("192.0.2.1:2")}, at("192.0.2.1:9")
+	var got []uint16
+	for n := range 6 {
+		got = append(got, turn(found, home, n+1).Port())
+	}
+	if want := []uint16{1, 9, 2, 9, 1, 9}; !slices.Equal(got, want) {
+		t.Errorf("the attempts go to ports %v, want %v", got, want)
+	}
+}

@@ -190,10 +190,10 @@ func (i *initiator) search(d *wgtypes.Device, list []due) {
 		}
 		if taken == nil {
 			i.callers.look(uint16(d.ListenPort))
-			taken = answered(d)
+			taken = i.taken(d)
 		}
 		if found := i.callers.from(x.home, taken); len(found) > 0 {
-			at = append(found, x.home)[(x.attempts-1)%(len(found)+1)]
+			at = turn(found, x.home, x.attempts)
 		}
 		if at != now {
 			x.endpoint, x.turned = net.UDPAddrFromAddrPort(at), true
@@ -201,16 +201,29 @@ func (i *initiator) search(d *wgtypes.Device, list []due) {
 	}
 }
 
-// answered are the endpoints of peers with a session.
-func answered(d *wgtypes.Device) map[netip.AddrPort]bool {
+// taken are the endpoints of peers with a session, and where the others were: what comes from
+// there is most likely theirs.
+func (i *initiator) taken(d *wgtypes.Device) map[netip.AddrPort]bool {
 	taken := map[netip.AddrPort]bool{}
 	for n := range d.Peers {
-		if p := &d.Peers[n]; p.Endpoint != nil && !p.LastHandshakeTime.IsZero() {
+		p := &d.Peers[n]
+		if h := i.pending[p.PublicKey]; h != nil && h.home.IsValid() {
+			taken[h.home] = true
+		} else if p.Endpoint != nil {
 			at := p.Endpoint.AddrPort()
 			taken[netip.AddrPortFrom(at.Addr().Unmap(), at.Port())] = true
 		}
 	}
 	return taken
+}
+
+// turn is where the nth attempt goes, 1 and up: one after the other of those found, and home
+// in between.
+func turn(found []netip.AddrPort, home netip.AddrPort, n int) netip.AddrPort {
+	if n%2 == 0 {
+		return home
+	}
+	return found[n/2%len(found)]
 }
 
 func (i *initiator) send(x due) {
