@@ -105,7 +105,8 @@ type VPNGatewaySpec struct {
 	// +kubebuilder:validation:Maximum=9000
 	MTU *int32 `json:"mtu,omitempty"`
 
-	// Replicas is the number of gateway pods. A standalone gateway ignores it.
+	// Replicas is the number of gateway pods: one works, the others stand by. A standalone
+	// gateway ignores it.
 	//
 	// +optional
 	// +kubebuilder:default=1
@@ -352,7 +353,8 @@ type VPNGatewayStatus struct {
 	Replicas []GatewayReplica `json:"replicas,omitempty"`
 
 	// Endpoints are where the gateway pods are inside the cluster: the nodes find them here.
-	// A pod writes its own entry only.
+	// A pod writes its own entry only; the one that takes over also says that the other is not
+	// active any more.
 	//
 	// +optional
 	// +listType=map
