@@ -53,7 +53,7 @@ check-vulnerabilities:
 
 .PHONY: test
 test: setup build ## everything: set-up, build, check, then every layer of tests, also after one that failed
-	@failed=; for layer in check kubernetes test-netlab test-cluster test-kernel; do \
+	@failed=; for layer in check kubernetes test-netlab test-cluster test-cilium test-kernel; do \
 		$(MAKE) --no-print-directory $$layer || failed+=" $$layer"; \
 	done; \
 	if [[ -n $$failed ]]; then echo "failed:$$failed" >&2; exit 1; fi
@@ -65,7 +65,7 @@ kubernetes: ## the programs of the tests' Kubernetes, and helm (once; the first 
 	@hack/kubernetes.sh >/dev/null
 	@hack/helm.sh >/dev/null
 
-.PHONY: test-unit test-netlab test-kernel test-cluster
+.PHONY: test-unit test-netlab test-kernel test-cluster test-cilium
 test-unit: ## unit and golden tests: no root, no network
 	@hack/test.sh unit
 
@@ -78,9 +78,12 @@ test-kernel: ## kernel WireGuard, ESP and nftables of Debian's stock kernel, in 
 test-cluster: ## a real Kubernetes cluster of two nodes, with Culvert in it (root)
 	@hack/test.sh cluster
 
+test-cilium: ## the same with a real Cilium, in every way to route packets and services (root)
+	@hack/test.sh cilium
+
 .PHONY: cluster-up cluster-down
-cluster-up: setup ## a real Kubernetes cluster of two nodes on this machine (root); NAME=, ARGS="-two-subnets"
-	@go run ./hack/cluster up $(if $(NAME),-name $(NAME)) $(ARGS)
+cluster-up: setup ## a real Kubernetes cluster of two nodes on this machine (root); NAME=, CNI=cilium, ARGS="-two-subnets"
+	@go run ./hack/cluster up $(if $(NAME),-name $(NAME)) $(if $(CNI),-cni $(CNI)) $(ARGS)
 
 cluster-down: ## remove it; NAME=
 	@go run ./hack/cluster down $(if $(NAME),-name $(NAME)) $(ARGS)

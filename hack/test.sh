@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one layer of tests: test.sh unit|netlab|kernel|cluster. Each package runs in exactly one.
+# Runs one layer of tests: test.sh unit|netlab|kernel|cluster|cilium. Each package runs in exactly one.
 # ARGS="-run TestX -count=1" is passed on to go test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -46,8 +46,18 @@ cluster)
 	export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar # not once more in each package
 	flags=(-timeout 25m -p 2)
 	;;
+cilium)
+	packages=./test/cluster/cilium
+	hack/layer.sh "tests in a real Kubernetes cluster with a real Cilium"
+	hack/kubernetes.sh >/dev/null
+	hack/cilium.sh >/dev/null
+	hack/helm.sh >/dev/null
+	hack/image.sh
+	export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar
+	flags=(-timeout 25m)
+	;;
 *)
-	echo "usage: $0 unit|netlab|kernel|cluster" >&2
+	echo "usage: $0 unit|netlab|kernel|cluster|cilium" >&2
 	exit 2
 	;;
 esac

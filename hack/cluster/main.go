@@ -54,7 +54,9 @@ func run(ctx context.Context, args []string) error {
 	if err := flags.Parse(args[1:]); err != nil {
 		return err
 	}
-	o.CNI = cluster.CNI(cni)
+	if o.CNI = cluster.CNI(cni); strings.EqualFold(cni, string(cluster.Cilium)) {
+		o.CNI = cluster.Cilium
+	}
 	if noCNI {
 		o.CNI = cluster.NoCNI
 	}

@@ -70,7 +70,7 @@ func output(ctx context.Context, out io.Writer, name string, args ...string) (st
 // it calls at run time.
 const ciliumAgent = `#!/bin/bash
 set -e
-mountpoint -q /sys/fs/bpf || mount -t bpf bpf /sys/fs/bpf
+mountpoint -q /sys/fs/bpf || mount -t bpf none /sys/fs/bpf
 # What it looks for is built in.
 printf '%%s 0 0 - Live 0x0\n' ip{,6}_tables iptable_{nat,mangle,raw,filter} ip6table_{nat,mangle,raw,filter} >/etc/kernel-modules
 mkdir -p /var/lib/cilium
@@ -114,7 +114,7 @@ func (c *Cluster) SetCilium(ctx context.Context, values ...string) error {
 		wg.Go(func() { errs[i] = n.awaitCilium(ctx) })
 	}
 	wg.Wait()
-	return errors.Join(append(errs, c.save())...)
+	return errors.Join(errors.Join(errs...), c.save())
 }
 
 // renderCilium is what "helm install cilium" would apply.
@@ -164,7 +164,7 @@ func (n *Node) configureCilium(ctx context.Context, config map[string]string) er
 	c := n.cluster
 	if err := errors.Join(
 		writeFiles(filepath.Join(fmt.Sprintf("/proc/%d/root/etc", n.init), "cilium"), config),
-		os.WriteFile(c.path("cilium-agent"), fmt.Appendf(nil, ciliumAgent, c.cilium), 0o755), //nolint:gosec // a program
+		os.WriteFile(c.path("cilium-agent"), fmt.Appendf(nil, ciliumAgent, c.cilium), 0o755),
 		n.setKubeProxy(ctx, config["kube-proxy-replacement"] != "true"),
 	); err != nil {
 		return err
@@ -215,9 +215,15 @@ func (n *Node) awaitCilium(ctx context.Context) error {
 	// What the one before has left must not count.
 	time.Sleep(time.Second)
 	err := until(ctx, 4*time.Minute, "Cilium's agent on "+n.Name+" is ready", func() error {
-		out, err := n.CiliumDebug(ctx, "status", "--brief")
-		if err == nil && !strings.HasPrefix(strings.TrimSpace(out), "OK") {
-			err = errors.New(strings.TrimSpace(out))
+		if out, err := n.CiliumDebug(ctx, "status", "--brief"); err != nil || !strings.HasPrefix(strings.TrimSpace(out), "OK") {
+			return errors.Join(errors.New(strings.TrimSpace(out)), err)
+		}
+		// The agent calls itself ready before it has loaded the pods' programs.
+		out, err := n.CiliumDebug(ctx, "endpoint", "list", "-o", "jsonpath={[*].status.state}")
+		for state := range strings.FieldsSeq(out) {
+			if err == nil && state != "ready" {
+				err = fmt.Errorf("its endpoints are %s", strings.TrimSpace(out))
+			}
 		}
 		return err
 	})

@@ -98,6 +98,8 @@ func (o *Options) complete() error {
 		return fmt.Errorf("cluster name %q: want up to ten of a-z and 0-9, a letter first", o.Name)
 	case o.Nodes < 1 || o.Nodes > 9:
 		return fmt.Errorf("cluster with %d nodes: want 1 to 9", o.Nodes)
+	case o.CNI != Bridge && o.CNI != Cilium && o.CNI != NoCNI:
+		return fmt.Errorf("cluster with CNI %q: want %s, %s or %s", o.CNI, Bridge, Cilium, NoCNI)
 	case o.MTU < 1280 || o.MTU > 9000:
 		return fmt.Errorf("cluster with MTU %d: want 1280 (the smallest for IPv6) to 9000", o.MTU)
 	}
