@@ -62,7 +62,13 @@ func (p *planner) nodeLink() {
 	for _, f := range families {
 		s.Rules = append(s.Rules, netstate.Rule{Family: f, Priority: netstate.RulePriorityForwarded, Forwarded: true, Table: netstate.NodeTable})
 	}
-	s.Sysctls = append(s.Sysctls, looseReversePath)
+	p.looseReversePath()
+}
+
+func (p *planner) looseReversePath() {
+	if s := &p.out.State; !slices.Contains(s.Sysctls, looseReversePath) {
+		s.Sysctls = append(s.Sysctls, looseReversePath)
+	}
 }
 
 // looseReversePath lets packets in by a link other than the one that the answer leaves

@@ -115,6 +115,9 @@ func (p *planner) finishPaths() {
 				ListenPort: p.pathPort(i), FirewallMark: netstate.MarkOuter, Peers: d.peers,
 			})
 		}
+		if i == 1 {
+			p.looseReversePath() // what comes in by a path that is not in use is no stray
+		}
 		if len(p.paths) > 1 {
 			p.out.State.Firewall.Pins = append(p.out.State.Firewall.Pins, netstate.Pin{Link: PathLink(i), Mark: netstate.MarkPath(i)})
 		}
