@@ -35,6 +35,8 @@ func (s *scene) replicas() {
 	})
 	s.bothReady()
 
+	s.bothWithoutServer()
+
 	// Whoever goes on when the process is killed, the IKE daemon, which is not, has no part
 	// in it unless it is its own pod that does.
 	killed := s.working(t)
@@ -78,11 +80,36 @@ func (s *scene) replicas() {
 	}
 }
 
+// bothWithoutServer takes the API server away for longer than a Lease lasts.
+func (s *scene) bothWithoutServer() {
+	before := s.working(s.t)
+	s.reaches(s.phone, s.address(), s.pods[0]+":8081", 30*time.Second)
+	p := clustertest.Watch(s.t, s.site, siteInner, s.pods[0]+":8081", 20*time.Millisecond)
+	q := clustertest.Watch(s.t, s.phone, s.address(), s.pods[0]+":8081", 20*time.Millisecond)
+	if err := s.StopProgram("control", "kube-apiserver"); err != nil {
+		s.t.Fatal(err)
+	}
+	time.Sleep(6 * time.Second)
+	if err := s.StartProgram("control", "kube-apiserver"); err != nil {
+		s.t.Fatal(err)
+	}
+	labtest.Eventually(s.t, 60*time.Second, "the API server answers", func() error {
+		_, err := s.TryKubectl("get", "--raw", "/readyz")
+		return err
+	})
+	time.Sleep(2 * time.Second)
+	p.Unharmed()
+	q.Unharmed()
+	if after := s.working(s.t); after != before {
+		s.t.Errorf("%+v works, %+v did", after, before)
+	}
+}
+
 func (s *scene) bothReady() {
 	s.t.Helper()
 	labtest.Eventually(s.t, 60*time.Second, "two pods are ready", func() error {
 		got := s.Kubectl("-n", namespace, "get", "pods", "-l", "culvert.dev/gateway=edge", "-o", "jsonpath={.items[*].status.conditions[?(@.type=='Ready')].status}")
-		if got != "True True" {
+		if strings.Count(got, "True") != 2 {
 			return fmt.Errorf("ready: %q", got)
 		}
 		return nil
