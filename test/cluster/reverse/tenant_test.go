@@ -28,7 +28,7 @@ func (p *plant) connect(x tenant, target string) (net.Conn, error) {
 	if _, err := fmt.Fprintf(conn, "CONNECT %s HTTP/1.1\r\nHost: %[1]s\r\n\r\n", target); err != nil {
 		return nil, err
 	}
-	res, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: http.MethodConnect})
+	res, err := http.ReadResponse(bufio.NewReader(conn), &http.Request{Method: http.MethodConnect}) //nolint:bodyclose // it is the connection
 	if err != nil {
 		_ = conn.Close()
 		return nil, err
@@ -169,8 +169,9 @@ func (p *plant) testSpokeDies(t *testing.T) {
 	ended := 0
 	for _, c := range open {
 		select {
-		case <-c: // a Unix socket knows no reset
+		case err := <-c: // a Unix socket knows no reset
 			ended++
+			t.Logf("a stream of the spoke that died: %v", err)
 		default:
 		}
 	}
@@ -254,7 +255,8 @@ func (p *plant) testRevoked(t *testing.T) {
 	open := p.long(t, x)
 	p.culvert(t, "join", "revoke", x.name, "-n", x.namespace, "--as", name)
 	select {
-	case <-open:
+	case err := <-open:
+		t.Logf("a stream of a revoked spoke: %v", err)
 	case <-time.After(10 * time.Second):
 		t.Error("a connection of a revoked spoke is still open after 10 s")
 	}
