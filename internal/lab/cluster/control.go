@@ -165,7 +165,7 @@ func (c *Cluster) forwardOnce(ctx context.Context) error {
 	group, err := c.spawn(nil, "forward", []string{
 		"socat",
 		fmt.Sprintf("TCP4-LISTEN:%d,bind=127.0.0.1,reuseaddr,fork", c.port),
-		fmt.Sprintf("EXEC:nsenter --net=/run/netns/%s socat -t 60 STDIO TCP4\\:%s\\:6443", c.Control.Namespace, c.plan.control.ips[0]),
+		fmt.Sprintf("EXEC:nsenter --net=/run/netns/%s socat -t 60 STDIO\\,shut-down TCP4\\:%s\\:6443", c.Control.Namespace, c.plan.control.ips[0]),
 	})
 	if err != nil {
 		return err

@@ -371,6 +371,7 @@ func (s *scene) serverAway() {
 	s.ready("device/late", 90*time.Second) // the operator has lost its Lease meanwhile
 	t.Logf("a new device is Ready %s after it was added", time.Since(start).Round(10*time.Millisecond))
 	site.Unharmed()
+	s.lookAgain()
 }
 
 // restartAlone kills culvert while there is no API server: its successor has what it needs, and
