@@ -34,10 +34,10 @@ kernel)
 	flags=(-timeout 25m)
 	;;
 cluster)
-	# Those that hold gateways to times have the machine to themselves. The others mostly wait,
+	# Those that hold gateways to times, or count what a cluster leaves, have the machine to themselves. The others mostly wait,
 	# so two run at a time, each with a cluster of its own.
-	alone=$(go list ./test/cluster/... | grep -E '/(gateway|jobs|nodelink)$')
-	packages=$(go list ./test/cluster/... | grep -v -E '/(gateway|jobs|nodelink|cilium)$')
+	alone=$(go list ./test/cluster/... | grep -E '/(cluster|gateway|jobs|nodelink)$')
+	packages=$(go list ./test/cluster/... | grep -v -E '/(cluster|gateway|jobs|nodelink|cilium)$')
 	hack/layer.sh "tests in real Kubernetes clusters of two nodes"
 	hack/kubernetes.sh >/dev/null
 	hack/helm.sh >/dev/null

@@ -231,12 +231,26 @@ func (w *world) undone(t *testing.T) {
 		"routes flushed": "for t in 19630 19631; do ip -4 route flush table $t; ip -6 route flush table $t; done",
 		"rules deleted":  "for p in 19630 19631 19632; do ip -4 rule del priority $p; ip -6 rule del priority $p; done",
 	} {
+		before := drops(n)
 		w.run(t, n, script)
 		start := time.Now()
 		w.works(t, requests)
+		// One thing at a time: routes without the guard, and the guard without routes.
+		labtest.Eventually(t, 15*time.Second, what+": the guard is whole again", func() error {
+			if now := drops(n); now != before || now == 0 {
+				return fmt.Errorf("%d rules that drop, had %d", now, before)
+			}
+			return nil
+		})
 		t.Logf("%s: all answered %s later", what, time.Since(start).Round(time.Millisecond))
 		w.silence(t, what)
 	}
+}
+
+// drops counts the rules of a node's guard that drop packets.
+func drops(n *cluster.Node) int {
+	out, _ := n.Output(context.Background(), "nft", "list", "table", "inet", "culvert-guard") // none while it is away
+	return strings.Count(out, " drop")
 }
 
 // upgrade replaces all agents, and takes that back, while pods talk.
