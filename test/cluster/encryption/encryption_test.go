@@ -250,7 +250,7 @@ func (w *world) undone(t *testing.T) {
 // drops counts the rules of a node's guard that drop packets.
 func drops(n *cluster.Node) int {
 	out, _ := n.Output(context.Background(), "nft", "list", "table", "inet", "culvert-guard") // none while it is away
-	return strings.Count(out, " drop")
+	return strings.Count(out, "drop\n")
 }
 
 // upgrade replaces all agents, and takes that back, while pods talk.
