@@ -8,6 +8,7 @@ import (
 	"bufio"
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -309,18 +310,20 @@ func agentProcess(t *testing.T, n *cluster.Node) int {
 	if err != nil {
 		t.Fatal(err)
 	}
-	dirs, _ := filepath.Glob("/proc/[0-9]*")
-	for _, d := range dirs {
-		ns, err := os.Stat(d + "/ns/net")
-		line, _ := os.ReadFile(d + "/cmdline")
-		if err != nil || !os.SameFile(ns, want) || !strings.HasPrefix(string(line), "culvert\x00agent\x00") {
-			continue
+	pid := 0
+	labtest.Eventually(t, 30*time.Second, "an agent runs on "+n.Name, func() error {
+		dirs, _ := filepath.Glob("/proc/[0-9]*")
+		for _, d := range dirs {
+			ns, err := os.Stat(d + "/ns/net")
+			line, _ := os.ReadFile(d + "/cmdline")
+			if err == nil && os.SameFile(ns, want) && strings.HasPrefix(string(line), "culvert\x00agent\x00") {
+				pid, err = strconv.Atoi(filepath.Base(d))
+				return err
+			}
 		}
-		pid, _ := strconv.Atoi(filepath.Base(d))
-		return pid
-	}
-	t.Fatalf("no agent runs on %s", n.Name)
-	return 0
+		return errors.New("there is none")
+	})
+	return pid
 }
 
 func (w *world) agentOn(node string) string {
