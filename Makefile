@@ -103,6 +103,9 @@ demo: setup build ## the main job in network namespaces; KEEP=1 leaves it up
 demo-down: ## remove a demo that was kept
 	@bin/culvert demo down
 
-.PHONY: clean
-clean: ## remove what was built and fetched
+.PHONY: clean clean-cache
+clean: ## remove what was built in this checkout
 	rm -rf bin .cache
+
+clean-cache: ## remove what all checkouts share: Kubernetes, Cilium, helm, tools, kernel, Debian's packages
+	@hack/cache.sh clean

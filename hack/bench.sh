@@ -4,6 +4,7 @@
 # .cache/bench/table.md and bench.json.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. hack/cache.sh
 
 if [[ $EUID -ne 0 ]]; then
 	echo "bench: needs root: it builds networks of namespaces" >&2
@@ -19,14 +20,13 @@ if ! command -v /usr/sbin/sshd >/dev/null && command -v apt-get >/dev/null; then
 	DEBIAN_FRONTEND=noninteractive apt-get -q -y install --no-install-recommends openssh-server </dev/null
 fi
 
-key=$({ go env GOVERSION; cat hack/bench/go.mod hack/bench/go.sum; } | sha256sum | cut -c1-16)
-dir=$PWD/.cache/bench/$key
-if [[ ! -e $dir/complete ]]; then
-	echo "building the peers (once; takes some minutes)" >&2
-	mkdir -p "$dir"
-	(cd hack/bench && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$dir/" tool) >&2
-	touch "$dir/complete"
-fi
+build() {
+	echo "building the peers (once; takes some minutes)"
+	(cd hack/bench && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$1/" tool)
+}
 
-CULVERT_BENCH=1 BENCH_PEERS=$dir BENCH_DIR=${BENCH_DIR:-$PWD/.cache/bench} ONLY=${ONLY:-} ROUNDS=${ROUNDS:-} \
+key=$({ go env GOVERSION GOOS GOARCH; cat hack/bench/go.mod hack/bench/go.sum; } | sha256sum | cut -c1-16)
+peers=$(cached bench "$key" build)
+
+CULVERT_BENCH=1 BENCH_PEERS=$peers BENCH_DIR=${BENCH_DIR:-$PWD/.cache/bench} ONLY=${ONLY:-} ROUNDS=${ROUNDS:-} \
 	go test ./test/bench -run '^TestBench$' -count=1 -timeout 60m -v ${ARGS:-}

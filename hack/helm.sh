@@ -3,12 +3,11 @@
 # once for each go.sum and Go version.
 set -euo pipefail
 cd "$(dirname "$0")/helm"
+. ../cache.sh
 
-key=$({ go env GOVERSION; cat go.mod go.sum ../helm.sh; } | sha256sum | cut -c1-16)
-dir=$(cd ../.. && pwd)/.cache/helm/$key
-if [[ ! -e $dir/complete ]]; then
-	echo "building helm (once; takes some minutes)" >&2
-	mkdir -p "$dir"
+build() {
+	local version minor flags p
+	echo "building helm (once; takes some minutes)"
 	version=$(go list -m -f '{{.Version}}' helm.sh/helm/v3)
 	# The Kubernetes version that "template" and "lint" take for granted, as in helm's releases.
 	minor=$(go list -m -f '{{.Version}}' k8s.io/client-go | cut -d. -f2)
@@ -16,7 +15,9 @@ if [[ ! -e $dir/complete ]]; then
 	for p in pkg/chartutil pkg/lint/rules; do
 		flags+=" -X helm.sh/helm/v3/$p.k8sVersionMajor=1 -X helm.sh/helm/v3/$p.k8sVersionMinor=$minor"
 	done
-	CGO_ENABLED=0 go build -trimpath -ldflags "$flags" -o "$dir/" tool >&2
-	touch "$dir/complete"
-fi
-echo "$dir/helm"
+	CGO_ENABLED=0 go build -trimpath -ldflags "$flags" -o "$1/" tool
+}
+
+key=$({ go env GOVERSION GOOS GOARCH; cat go.mod go.sum ../helm.sh; } | sha256sum | cut -c1-16)
+directory=$(cached helm "$key" build)
+echo "$directory/helm"

@@ -8,6 +8,7 @@
 # fails when that is another image; with UPDATE=1 Debian's layer is made once more, too.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+. hack/cache.sh
 
 # check makes the image in another place and compares.
 check() {
@@ -15,9 +16,9 @@ check() {
 	other=$(mktemp -d)
 	trap 'rm -rf "$other"' RETURN
 	git ls-files -z --cached --others --exclude-standard | xargs -0 cp --parents --no-dereference --target-directory "$other" 2>/dev/null || true # what is deleted
-	mkdir -p "$other/.cache/image"
-	cp .cache/image/debian-*.tar "$other/.cache/image/"
-	VERSION=$(version) REVISION=$(revision) CREATED=$(created) "$other/hack/image.sh" >/dev/null
+	mkdir "$other/.cache"
+	cp -a "$(cache_root)/debian" "$other/.cache/" # where UPDATE=1 touches nobody else's
+	CULVERT_CACHE=$other/.cache VERSION=$(version) REVISION=$(revision) CREATED=$(created) "$other/hack/image.sh" >/dev/null
 	local file
 	for file in culvert.tar sbom.spdx.json; do
 		cmp ".cache/image/$file" "$other/.cache/image/$file" || { echo "image: made twice, $file differs: something of the machine, the directory or the time is in it" >&2; return 1; }
@@ -45,11 +46,10 @@ purged=(perl perl-base perl-modules-5.36 libperl5.36 libgdbm6 libgdbm-compat4 de
 
 debian() {
 	command -v mmdebstrap >/dev/null || { echo "image: mmdebstrap is missing: run 'make setup'" >&2; return 1; }
-	echo "image: the layer of Debian's packages (once; under a minute)" >&2
-	local include raw
+	echo "image: the layer of Debian's packages (once; under a minute)"
+	local include raw=$1/raw
 	include=$(grep -v '^#' images/packages | xargs | tr ' ' ,)
-	raw=$(mktemp -d "$out/debian-XXXXXX")
-	trap 'rm -rf "$raw"' RETURN
+	mkdir "$raw"
 	# shellcheck disable=SC2016 # $1 is the hook's
 	SOURCE_DATE_EPOCH=1686355200 mmdebstrap --variant=essential --include="$include" \
 		--aptopt='APT::Install-Recommends "false"' \
@@ -57,16 +57,17 @@ debian() {
 		--dpkgopt='path-exclude=/usr/share/man/*' --dpkgopt='path-exclude=/usr/share/locale/*' \
 		--customize-hook='dpkg --root="$1" --force-all --purge '"${purged[*]}" \
 		$suite "$raw/root.tar" ${DEBIAN_MIRROR:+"$DEBIAN_MIRROR"} >"$raw/log" 2>&1 || { cat "$raw/log" >&2; return 1; }
-	go run ./hack/image layer --root "$raw/root.tar" --out "$1"
+	go run ./hack/image layer --root "$raw/root.tar" --out "$1/layer.tar"
+	rm -rf "$raw"
 }
 
 # The layer depends on the list, on how it is made and on what the packer leaves out.
 key=$({ cat images/packages hack/image/debian.go; declare -f debian; echo "${purged[@]}" $suite; go env GOARCH; } | sha256sum | cut -c1-16)
-layer=$out/debian-$key.tar
-if [[ ! -e $layer || -n "${UPDATE:-}" ]]; then
-	debian "$layer"
-	find "$out" -name 'debian-*.tar' ! -name "debian-$key.tar" -delete
-elif [[ -n "$(find "$layer" -mtime +7)" ]]; then
+if [[ -n "${UPDATE:-}" ]]; then
+	rm -f "$(cache_root)/debian/$key/complete"
+fi
+layer=$(cached debian "$key" debian)/layer.tar
+if [[ -n "$(find "$layer" -mtime +7)" ]]; then
 	echo "image: Debian's packages are those of $(date -r "$layer" +%F): 'make image UPDATE=1' takes today's" >&2
 fi
 

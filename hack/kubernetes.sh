@@ -4,33 +4,21 @@
 # modules in hack/kubernetes. The first time takes some minutes and 2 GB of module cache.
 set -euo pipefail
 cd "$(dirname "$0")/kubernetes"
+. ../cache.sh
 
-cache=$(cd ../.. && pwd)/.cache/kubernetes
-version=$(go list -m -f '{{.Version}}' k8s.io/kubernetes)
-minor=${version#v1.}
-minor=${minor%%.*}
-component=k8s.io/component-base/version
-stamp="-X $component.gitVersion=$version -X $component.gitMajor=1 -X $component.gitMinor=$minor -X $component.gitTreeState=clean"
-key=$({ go env GOVERSION; cat ../kubernetes.sh main.go go.mod go.sum */*.go */go.mod */go.sum; } | sha256sum | cut -c1-16)
-dir=$cache/$key
-
-build() { # module directory, name of the program, package, linker flags
-	[[ -e $dir/$2 ]] && return
-	echo "building $2 (once; the first time takes some minutes)" >&2
-	(cd "$1" && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w ${4:-}" -o "$dir/.$2" "$3") >&2
-	mv "$dir/.$2" "$dir/$2"
+build() {
+	local version minor stamp component=k8s.io/component-base/version name
+	version=$(go list -m -f '{{.Version}}' k8s.io/kubernetes)
+	minor=${version#v1.}
+	minor=${minor%%.*}
+	stamp="-X $component.gitVersion=$version -X $component.gitMajor=1 -X $component.gitMinor=$minor -X $component.gitTreeState=clean"
+	echo "building Kubernetes and CoreDNS (once; the first time takes some minutes)"
+	CGO_ENABLED=0 go build -trimpath -ldflags "-s -w $stamp" -o "$1/kubernetes" .
+	for name in etcd kubectl kubelet kube-apiserver kube-controller-manager kube-scheduler kube-proxy; do
+		ln -s kubernetes "$1/$name"
+	done
+	(cd coredns && CGO_ENABLED=0 go build -trimpath -ldflags "-s -w" -o "$1/coredns" .)
 }
 
-mkdir -p "$dir"
-# One build at a time: a second caller waits and finds it done.
-exec 9>"$cache/lock"
-flock 9
-if [[ ! -e $dir/complete ]]; then
-	build . kubernetes . "$stamp"
-	for name in etcd kubectl kubelet kube-apiserver kube-controller-manager kube-scheduler kube-proxy; do
-		ln -sfn kubernetes "$dir/$name"
-	done
-	build coredns coredns .
-	touch "$dir/complete"
-fi
-echo "$dir"
+key=$({ go env GOVERSION GOOS GOARCH; cat ../kubernetes.sh main.go go.mod go.sum */*.go */go.mod */go.sum; } | sha256sum | cut -c1-16)
+cached kubernetes "$key" build
