@@ -1,6 +1,6 @@
-// Culvert-cni is a plug-in for container runtimes (CNI), the last one in a node's chain: it
-// refuses pods a network until the guard of the encryption between nodes stands. The
-// node's agent installs it, see internal/cni.
+// Culvert-cni is a plug-in for container runtimes (CNI), the last one in a node's chain: pods
+// get no network from it until the guard of the encryption between nodes stands. The node's
+// agent installs it, see internal/cni.
 package main
 
 import (
@@ -12,9 +12,10 @@ import (
 	"github.com/culvert-vpn/culvert/internal/guard"
 )
 
-// patience is much less than runtimes give a plug-in, and enough for an agent that is just
-// starting.
-const patience = 5 * time.Second
+// patience is less than kubelets give a plug-in (two to four minutes), and enough for a node
+// that boots: a pod that waits has its network as soon as the guard stands, one that was
+// refused is tried again ten to fifteen seconds later.
+const patience = 100 * time.Second
 
 func main() {
 	os.Exit(cni.Call{

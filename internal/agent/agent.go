@@ -61,8 +61,14 @@ type Cluster interface {
 	Removed(ctx context.Context) (bool, error)
 }
 
+// Mover is a Cluster that is told when the node's links or addresses may have changed, so
+// that it need not wait for what was sent from an address that is gone.
+type Mover interface{ Moved() }
+
 const (
-	resyncEvery = 10 * time.Second
+	// resyncEvery is when the node is looked at although nothing was heard: of what is done to
+	// the guard, and to peers, by hand nobody tells.
+	resyncEvery = 5 * time.Second
 	// removedTimeout is how long an agent that is stopped asks whether it is removed: well
 	// within a pod's grace period.
 	removedTimeout = 10 * time.Second
@@ -193,11 +199,19 @@ func (a *Agent) loop(ctx context.Context) error {
 			return nil
 		case <-objects:
 		case <-links:
+			a.moved()
 		case <-a.encryption.chain.Changes():
 		case <-resync.C:
+			a.moved()
 		case <-again:
 		}
 		a.reconcile(ctx)
+	}
+}
+
+func (a *Agent) moved() {
+	if m, ok := a.opts.Cluster.(Mover); ok {
+		m.Moved()
 	}
 }
 

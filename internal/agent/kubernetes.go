@@ -48,6 +48,7 @@ type Kubernetes struct {
 	opts     KubernetesOptions
 	client   client.Client
 	metadata metadata.Interface
+	dialed   *connections
 	removed  atomic.Bool // the DaemonSet was seen being deleted
 }
 
@@ -55,6 +56,9 @@ var daemonSets = schema.GroupVersionResource{Group: "apps", Version: "v1", Resou
 
 // NewKubernetes prepares; nothing is asked yet.
 func NewKubernetes(opts KubernetesOptions) (*Kubernetes, error) {
+	dialed := newConnections()
+	opts.Config = rest.CopyConfig(opts.Config)
+	opts.Config.Dial = dialed.dial
 	c, err := kube.NewClient(opts.Config)
 	if err != nil {
 		return nil, err
@@ -67,7 +71,7 @@ func NewKubernetes(opts KubernetesOptions) (*Kubernetes, error) {
 		Client: c, Logger: opts.Logger,
 		Kinds: []string{model.KindGateway, model.KindSite, model.KindNode, model.KindNodeEncryption, model.KindNodeTunnel},
 	})
-	return &Kubernetes{API: api, opts: opts, client: c, metadata: m}, nil
+	return &Kubernetes{API: api, opts: opts, client: c, metadata: m, dialed: dialed}, nil
 }
 
 // Watch implements Cluster. When the agent's DaemonSet is deleted it takes the Node's
@@ -117,6 +121,9 @@ func deleted(events <-chan watch.Event) bool {
 	return false
 }
 
+// Moved implements Mover.
+func (k *Kubernetes) Moved() { k.dialed.prune() }
+
 // SetLinkAddresses implements Cluster.
 func (k *Kubernetes) SetLinkAddresses(ctx context.Context, node string, addrs []netip.Addr) error {
 	list := make([]string, len(addrs))
@@ -140,7 +147,8 @@ func (k *Kubernetes) SetLinkAddresses(ctx context.Context, node string, addrs []
 
 // Removed implements Cluster: the agent's DaemonSet is gone or being deleted. With it, an
 // uninstallation also takes the agent's rights and its service account away: an agent that
-// may no longer ask is being removed, too.
+// may no longer ask is being removed, too. An API server that is just starting refuses
+// everybody for a moment: who is refused keeps asking.
 func (k *Kubernetes) Removed(ctx context.Context) (bool, error) {
 	if k.opts.DaemonSet == "" {
 		return false, nil
@@ -148,21 +156,36 @@ func (k *Kubernetes) Removed(ctx context.Context) (bool, error) {
 	if k.removed.Load() {
 		return true, nil
 	}
+	var refused time.Time // since when, with nothing else in between
 	for {
 		o, err := k.metadata.Resource(daemonSets).Namespace(k.opts.Namespace).Get(ctx, k.opts.DaemonSet, metav1.GetOptions{})
 		switch {
 		case err == nil:
 			return o.DeletionTimestamp != nil, nil
-		case apierrors.IsNotFound(err), apierrors.IsForbidden(err), apierrors.IsUnauthorized(err):
+		case apierrors.IsNotFound(err):
+			return true, nil
+		case !apierrors.IsForbidden(err) && !apierrors.IsUnauthorized(err):
+			refused = time.Time{}
+		case refused.IsZero():
+			refused = time.Now()
+		case time.Since(refused) >= refusedFor:
 			return true, nil
 		}
 		select {
 		case <-ctx.Done():
 			return false, fmt.Errorf("get DaemonSet %s/%s: %w", k.opts.Namespace, k.opts.DaemonSet, err)
-		case <-time.After(500 * time.Millisecond):
+		case <-time.After(removedPause):
 		}
 	}
 }
+
+// How often an agent that is stopped asks whether it is removed, and for how long it must be
+// refused an answer to take that for one. An API server that starts has the roles within a
+// second or two.
+const (
+	removedPause = 500 * time.Millisecond
+	refusedFor   = 4 * time.Second
+)
 
 // APIServers implements EncryptionCluster: what the Service default/kubernetes leads to, the
 // Service itself, and the address that this agent uses.

@@ -3,9 +3,11 @@ package operator
 import (
 	"context"
 	"fmt"
+	"maps"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -26,9 +28,11 @@ type departure struct {
 }
 
 // departed takes out of statuses what pods wrote that a gateway no longer has: its
-// replicas were reduced. A pod that only restarts keeps its entries.
+// replicas were reduced. A pod that only restarts keeps its entries, with one exception: a path
+// that is up through a pod in whose place another one works was left by one that died, and goes.
 func (r *round) departed(ctx context.Context) error {
 	var list []departure
+	doubted := map[departure]bool{}
 	for id, g := range r.gateways {
 		gone := func(pod string) bool {
 			number, ok := strings.CutPrefix(pod, workload.GatewayName(id.Name)+"-")
@@ -50,9 +54,13 @@ func (r *round) departed(ctx context.Context) error {
 		for _, s := range g.Sites {
 			for _, p := range r.seen.sites[s.ID].Status.Paths {
 				note(model.KindSite, s.ID, p.Replica)
+				if d := (departure{model.KindSite, s.ID, p.Replica}); p.State == v1alpha1.PathUp && replaced(o, p.Replica) {
+					doubted[d] = true
+				}
 			}
 		}
 	}
+	list = append(list, r.believe(doubted)...)
 	return each(ctx, list, func(ctx context.Context, d departure) error {
 		u := &unstructured.Unstructured{Object: map[string]any{"status": map[string]any{}}}
 		u.SetGroupVersionKind(v1alpha1.GroupVersion.WithKind(d.kind))
@@ -65,4 +73,37 @@ func (r *round) departed(ctx context.Context) error {
 		}
 		return nil
 	})
+}
+
+// replaced reports whether another pod works than one that has said something.
+func replaced(o *v1alpha1.VPNGateway, pod string) bool {
+	other := false
+	for _, e := range o.Status.Endpoints {
+		if e.Active && e.Pod == pod {
+			return false
+		}
+		other = other || e.Active
+	}
+	return other
+}
+
+// doubtFor is how long a pod that lives may take to say that it does not work any more.
+const doubtFor = 5 * time.Second
+
+// believe returns what has been in doubt for long enough, and looks again soon at the rest.
+func (r *round) believe(doubted map[departure]bool) (list []departure) {
+	maps.DeleteFunc(r.doubts, func(d departure, _ time.Time) bool { return !doubted[d] })
+	for d := range doubted {
+		since, known := r.doubts[d]
+		switch {
+		case !known:
+			r.doubts[d] = r.Now()
+			r.waiting = true
+		case r.Now().Sub(since) < doubtFor:
+			r.waiting = true
+		default:
+			list = append(list, d)
+		}
+	}
+	return list
 }

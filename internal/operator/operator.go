@@ -65,9 +65,11 @@ type Operator struct {
 	forgotAt time.Time
 	// fallback are the ranges that were worked out from the kubernetes Service.
 	fallback fallbackRanges
-	written  writtenTable // of the front
-	waiting  bool         // for something that no event tells of
-	process  string       // of this process alone
+	written  writtenTable            // of the front
+	waiting  bool                    // for something that no event tells of
+	doubts   map[departure]time.Time // since when a pod's word is in doubt
+	process  string                  // of this process alone
+	metrics  remoteMetrics
 }
 
 // forgetAfter is how long what was done is believed without looking again.
@@ -84,7 +86,7 @@ func New(c Config) *Operator {
 	if c.Event == nil {
 		c.Event = func(runtime.Object, bool, string, string) {}
 	}
-	o := &Operator{Config: c, scheme: c.Writer.Scheme(), claimed: map[string]recentClaim{}, process: processName()}
+	o := &Operator{Config: c, scheme: c.Writer.Scheme(), claimed: map[string]recentClaim{}, doubts: map[departure]time.Time{}, process: processName()}
 	o.forget()
 	return o
 }
@@ -153,6 +155,7 @@ func (o *Operator) Round(ctx context.Context) error {
 	if err := r.findRemotes(ctx); err != nil {
 		return err
 	}
+	r.tellMetrics()
 	var errs []error
 	for _, step := range []func(context.Context) error{
 		r.orphanedClaims, // addresses of devices that are gone

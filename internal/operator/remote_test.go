@@ -122,8 +122,19 @@ func TestRemoteCluster(t *testing.T) {
 	if a, b := says(c.Status.Conditions, "Ready"), says(c.Status.Conditions, "Connected"); a != "True HubsRunning" || !strings.HasPrefix(b, "True SomeHubs spokes are connected to 1 of 2") {
 		t.Errorf("%s, %s", a, b)
 	}
-	// A front that loses its address takes nothing away.
+	// A front whose address changes: the hubs tell their spokes.
 	var s corev1.Service
+	get(w, &s, "culvert-system", "culvert-front")
+	s.Status.LoadBalancer.Ingress = []corev1.LoadBalancerIngress{{IP: "192.0.2.8"}}
+	if err := w.client.Status().Update(context.Background(), &s); err != nil {
+		t.Fatal(err)
+	}
+	w.rounds(o)
+	get(w, &c, "default", "prod")
+	if c.Status.Address != "192.0.2.8:443" {
+		t.Errorf("the address is still %s", c.Status.Address)
+	}
+	// A front that loses its address takes nothing away.
 	get(w, &s, "culvert-system", "culvert-front")
 	s.Status.LoadBalancer.Ingress = nil
 	if err := w.client.Status().Update(context.Background(), &s); err != nil {

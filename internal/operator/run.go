@@ -115,6 +115,7 @@ func Run(ctx context.Context, o Options) error {
 	if err := l.add(m, o); err != nil {
 		return err
 	}
+	registry.MustRegister(l.operator.Metrics())
 	g := process.NewGroup(ctx)
 	if o.HTTP != "" {
 		if err := process.ServeTCP(g, o.HTTP, process.Mux(health, registry, o.PProf)); err != nil {
@@ -149,7 +150,7 @@ func newManager(o Options) (manager.Manager, error) {
 	duration, renewal, retry := leaseDuration, leaseRenewal, leaseRetry
 	m, err := manager.New(config, manager.Options{
 		Scheme: scheme, Logger: logr.FromSlogHandler(warnings{o.Logger.Handler()}),
-		Cache:                   cacheOptions(),
+		Cache:                   cacheOptions(o.Logger),
 		Metrics:                 server.Options{BindAddress: "0"},
 		HealthProbeBindAddress:  "0",
 		LeaderElection:          !o.NoLeaderElection,
@@ -167,12 +168,13 @@ func newManager(o Options) (manager.Manager, error) {
 
 // cacheOptions keep only what is needed: of what the operator made, what carries its
 // label; of the API server's own endpoints, those; of nodes, ranges and addresses.
-func cacheOptions() cache.Options {
+func cacheOptions(log *slog.Logger) cache.Options {
 	made := cache.ByObject{Label: labels.SelectorFromSet(labels.Set(ours))}
 	claims := cache.ByObject{Label: labels.SelectorFromSet(labels.Set{
 		workload.LabelManagedBy: workload.Operator, workload.LabelComponent: workload.ComponentAddress,
 	})}
 	return cache.Options{
+		NewInformer:      (&outage{log: log}).newInformer,
 		DefaultTransform: cache.TransformStripManagedFields(),
 		ByObject: map[client.Object]cache.ByObject{
 			&appsv1.StatefulSet{}: {Label: made.Label, Transform: slimSet}, &corev1.ServiceAccount{}: made, &corev1.Service{}: made, &policyv1.PodDisruptionBudget{}: made,

@@ -34,8 +34,13 @@ type Authority struct {
 // NewKey makes a private key, as all that this package issues certificates for.
 func NewKey() (*ecdsa.PrivateKey, error) { return ecdsa.GenerateKey(elliptic.P256(), rand.Reader) }
 
-// NewAuthority makes an authority with a key of its own.
+// NewAuthority makes an authority with a key of its own, for AuthorityLifetime.
 func NewAuthority(uid string, now time.Time) (*Authority, error) {
+	return Lifetimes{}.NewAuthority(uid, now)
+}
+
+// NewAuthority makes an authority with a key of its own.
+func (l Lifetimes) NewAuthority(uid string, now time.Time) (*Authority, error) {
 	key, err := NewKey()
 	if err != nil {
 		return nil, err
@@ -48,7 +53,7 @@ func NewAuthority(uid string, now time.Time) (*Authority, error) {
 		SerialNumber:          serial,
 		Subject:               pkix.Name{CommonName: "culvert " + uid},
 		NotBefore:             now.Add(-skew),
-		NotAfter:              now.Add(AuthorityLifetime),
+		NotAfter:              now.Add(l.complete().Authority),
 		KeyUsage:              x509.KeyUsageCertSign | x509.KeyUsageCRLSign,
 		BasicConstraintsValid: true,
 		IsCA:                  true,

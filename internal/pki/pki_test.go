@@ -201,11 +201,11 @@ func TestAuthoritiesRotate(t *testing.T) {
 	made := 0
 	known := map[string]time.Time{} // since when trusted
 	for at := now; at.Before(now.Add(20 * 365 * 24 * time.Hour)); at = at.Add(24 * time.Hour) {
-		p := PlanAuthorities(list, at)
+		p := PlanAuthorities(list, Lifetimes{}, at)
 		if p.Make {
 			list = append(list, authority(t, "u", at).Certificate)
 			made++
-			p = PlanAuthorities(list, at)
+			p = PlanAuthorities(list, Lifetimes{}, at)
 		}
 		if p.Signer < 0 || p.Make {
 			t.Fatalf("%s: %+v", at, p)
@@ -225,6 +225,34 @@ func TestAuthoritiesRotate(t *testing.T) {
 	}
 	if made > 6 {
 		t.Errorf("%d authorities in 20 years", made)
+	}
+}
+
+// Lifetimes of others make others rotate: one that is longer than what there is does so at
+// once, and what could not be renewed in time is refused.
+func TestLifetimes(t *testing.T) {
+	list := []*x509.Certificate{authority(t, "u", now).Certificate}
+	long := Lifetimes{Authority: 10 * AuthorityLifetime, Leaf: time.Minute}
+	if p := PlanAuthorities(list, long, now); !p.Make || p.Signer != 0 {
+		t.Fatalf("%+v", p)
+	}
+	next, err := long.NewAuthority("u", now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	list = append(list, next.Certificate)
+	for after, signer := range map[time.Duration]int{0: 0, 119 * time.Second: 0, 121 * time.Second: 1} {
+		if p := PlanAuthorities(list, long, now.Add(after)); p.Make || p.Signer != signer || len(p.Trust) != 2 {
+			t.Errorf("after %s: %+v", after, p)
+		}
+	}
+	for l, ok := range map[Lifetimes]bool{
+		{}: true, long: true, {Leaf: 10 * time.Second, Authority: time.Hour}: true,
+		{Leaf: time.Second}: false, {Leaf: LeafLifetime + 1}: false, {Authority: 19 * LeafLifetime}: false, {Authority: 1 << 62}: false,
+	} {
+		if err := l.Check(); (err == nil) != ok {
+			t.Errorf("%+v: %v", l, err)
+		}
 	}
 }
 

@@ -3,6 +3,7 @@ package tunnel
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"maps"
@@ -150,5 +151,75 @@ func TestSecretIsLost(t *testing.T) {
 	}
 	if fmt.Sprint(secret.version) != "2" {
 		t.Errorf("written %d times", secret.version)
+	}
+}
+
+// An authority is followed by the next one: it is trusted everywhere before it signs, and
+// who was away meanwhile but for less than a certificate's life is let in.
+func TestAuthorityIsFollowed(t *testing.T) {
+	secret := &fakeSecret{}
+	id := pki.Identity{UID: uid, Role: pki.Hub, Name: "0"}
+	first, second := SecretState(secret, never), SecretState(secret, never)
+	begin := time.Now()
+	credentials := func(s *State, at time.Duration) (signer *x509.Certificate, trusted int) {
+		t.Helper()
+		c, err := s.HubCredentials(id, []string{"localhost"}, begin.Add(at))
+		if err != nil {
+			t.Fatal(err)
+		}
+		for _, a := range c.Authorities {
+			if c.Certificate.Leaf.CheckSignatureFrom(a) == nil {
+				signer = a
+			}
+		}
+		return signer, len(c.Authorities)
+	}
+	old, _ := credentials(first, 0)
+	day := 24 * time.Hour
+	issued := func(at time.Duration) *x509.Certificate { // to a spoke, by the other hub
+		t.Helper()
+		key, err := pki.NewKey()
+		if err != nil {
+			t.Fatal(err)
+		}
+		var reply wire.JoinReply
+		err = second.change(func(f files) error {
+			j := &joiner{state: second, uid: uid, hubs: noHubs}
+			reply, err = j.issue(f, pki.Request{Identity: pki.Identity{UID: uid, Role: pki.Spoke, Name: "s"}, PublicKey: key.Public(), Now: begin.Add(at)})
+			return err
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		leaf, err := x509.ParseCertificate(reply.Certificates[0])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return leaf
+	}
+	last := 4*365*day - 10*day // of the old one alone, and some days more
+	for _, x := range []struct {
+		at      time.Duration
+		trusted int
+		old     bool
+	}{{last, 1, true}, {last + 11*day, 2, true}, {last + 23*day, 2, true}, {last + 26*day, 2, false}, {5*365*day + day, 1, false}} {
+		signer, trusted := credentials(first, x.at)
+		if trusted != x.trusted || signer.Equal(old) != x.old {
+			t.Errorf("after %s: %d are trusted, signed by the old one: %v", x.at, trusted, signer.Equal(old))
+		}
+		leaf := issued(x.at)
+		if (leaf.CheckSignatureFrom(old) == nil) != x.old {
+			t.Errorf("after %s: a spoke's certificate is by another one than the hub's", x.at)
+		}
+		// It counts at the first hub, until it has to be renewed.
+		for _, later := range []time.Duration{0, 5 * day} {
+			c, err := first.HubCredentials(id, []string{"localhost"}, begin.Add(x.at+later))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := pki.Verify([]*x509.Certificate{leaf}, pki.Expect{UID: uid, Role: pki.Spoke, Authorities: c.Authorities, Now: begin.Add(x.at + later)}); err != nil {
+				t.Errorf("issued after %s, used %s later: %v", x.at, later, err)
+			}
+		}
 	}
 }

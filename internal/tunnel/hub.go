@@ -46,6 +46,8 @@ type HubOptions struct {
 	Names []string
 	// ProxyProtocolFrom are whose PROXY protocol headers are believed.
 	ProxyProtocolFrom []netip.Prefix
+	// Lifetimes are those of the certificates that it issues.
+	Lifetimes pki.Lifetimes
 	// Cluster, when it is not nil, takes the place of Manifests, State and Replica.
 	Cluster *HubPod
 }
@@ -86,6 +88,9 @@ type hubLoop struct {
 
 // RunHub runs one replica until ctx ends, and then lets open streams end for a while.
 func RunHub(ctx context.Context, opts HubOptions) error {
+	if err := opts.Lifetimes.Check(); err != nil {
+		return err
+	}
 	h := &hubLoop{opts: opts}
 	c, err := h.begin(ctx)
 	if err != nil {
@@ -94,6 +99,7 @@ func RunHub(ctx context.Context, opts HubOptions) error {
 	if h.opts.Replica < 0 || h.opts.Replica >= c.Replicas {
 		return fmt.Errorf("replica %d: RemoteCluster %s has the replicas 0 to %d: see spec.hub.replicas", h.opts.Replica, c.ID, c.Replicas-1)
 	}
+	h.state.Lifetimes = opts.Lifetimes
 	if h.uid, err = h.state.UID(c.UID); err != nil {
 		return err
 	}
@@ -322,9 +328,17 @@ func (h *hubLoop) credentials() error {
 const (
 	// lookEvery is how often the list of revoked certificates is looked at.
 	lookEvery = time.Second
-	// renewEvery is how often the hub's own certificate is.
+	// renewEvery is how often the hub's own certificate is, and more often when certificates
+	// are short-lived.
 	renewEvery = time.Minute
 )
+
+func (h *hubLoop) renewEvery() time.Duration {
+	if leaf := h.opts.Lifetimes.Leaf; leaf > 0 {
+		return min(renewEvery, leaf/10)
+	}
+	return renewEvery
+}
 
 // follow puts changes into effect: of the manifests, of the list of revoked certificates,
 // and of time.
@@ -339,7 +353,7 @@ func (h *hubLoop) follow(ctx context.Context, changed <-chan struct{}) {
 		case <-changed:
 			h.reload()
 		case <-look.C:
-			due := time.Since(renewed) >= renewEvery
+			due := time.Since(renewed) >= h.renewEvery()
 			if !due && !h.revokedChanged() {
 				continue
 			}

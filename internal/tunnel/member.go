@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math/rand/v2"
 	"os"
 	"path/filepath"
 	"strings"
@@ -324,18 +325,12 @@ func (m *member) accept(ctx context.Context, reply wire.JoinReply, key *ecdsa.Pr
 // renew renews the certificate when it is time to, until ctx ends. renewed is called with
 // the end of the old one.
 func (m *member) renew(ctx context.Context, hubs func() []wire.HubAddress, renewed func(until time.Time)) {
-	const retry = time.Minute
 	for {
 		leaf := m.holder.Get().Certificate.Leaf
-		wait := max(time.Until(pki.RenewAt(leaf)), time.Second)
-		// Looked at often: clocks jump, and timers do not notice.
-		select {
-		case <-ctx.Done():
+		life := pki.Lifetime(leaf)
+		// Those who share a certificate do not come at once: one renews it, the others adopt it.
+		if !await(ctx, pki.RenewAt(leaf).Add(rand.N(life/40+1))) {
 			return
-		case <-time.After(min(wait, retry)):
-		}
-		if time.Now().Before(pki.RenewAt(leaf)) {
-			continue
 		}
 		if m.adopt(ctx, leaf) {
 			renewed(leaf.NotAfter)
@@ -356,12 +351,27 @@ func (m *member) renew(ctx context.Context, hubs func() []wire.HubAddress, renew
 			select {
 			case <-ctx.Done():
 				return
-			case <-time.After(retry):
+			case <-time.After(min(max(life/50, time.Second), time.Minute)):
 			}
 			continue
 		}
 		m.logger.Info("certificate renewed", "expires", m.holder.Get().Certificate.Leaf.NotAfter)
 		renewed(leaf.NotAfter)
+	}
+}
+
+// await returns true at the given time, and false when ctx ends.
+func await(ctx context.Context, at time.Time) bool {
+	for {
+		// Looked at often: clocks jump, and timers do not notice.
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(min(max(time.Until(at), time.Second), time.Minute)):
+		}
+		if !time.Now().Before(at) {
+			return true
+		}
 	}
 }
 

@@ -41,6 +41,8 @@ type State struct {
 	// pairs are the hubs' own certificates and keys where they are not among the files: they
 	// need not outlive the process, and a key is not to leave it.
 	pairs *files
+	// Lifetimes are those of what is issued from now on.
+	Lifetimes pki.Lifetimes
 }
 
 func (s *State) change(f func(files) error) error {
@@ -100,9 +102,9 @@ func (s *State) authorities(f files, uid string, now time.Time) (signer *pki.Aut
 		}
 		return out
 	}
-	p := pki.PlanAuthorities(certificates(), now)
+	p := pki.PlanAuthorities(certificates(), s.Lifetimes, now)
 	if p.Make {
-		a, err := pki.NewAuthority(uid, now)
+		a, err := s.Lifetimes.NewAuthority(uid, now)
 		if err != nil {
 			return nil, nil, err
 		}
@@ -112,7 +114,7 @@ func (s *State) authorities(f files, uid string, now time.Time) (signer *pki.Aut
 		}
 		f["authority-"+strconv.Itoa(next)+".pem"] = b
 		list = append(list, a)
-		p = pki.PlanAuthorities(certificates(), now)
+		p = pki.PlanAuthorities(certificates(), s.Lifetimes, now)
 	}
 	for _, i := range p.Trust {
 		trusted = append(trusted, list[i].Certificate)
@@ -181,7 +183,7 @@ func (s *State) HubCredentials(id pki.Identity, names []string, now time.Time) (
 			pair, err = parsePair(s.where(name), b)
 		}
 		if err == nil && (pair == nil || pki.Renew(pair.Leaf, names, signer.Certificate, now) != "") {
-			if pairs[name], err = issueTo(signer, pki.Request{Identity: id, Now: now}, names); err == nil {
+			if pairs[name], err = issueTo(signer, pki.Request{Identity: id, Now: now, Lifetime: s.Lifetimes.Leaf}, names); err == nil {
 				pair, err = parsePair(s.where(name), pairs[name])
 			}
 		}
@@ -222,7 +224,7 @@ func (s *State) Issue(id pki.Identity, now time.Time) (pair []byte, trusted []*x
 			return err
 		}
 		trusted = all
-		pair, err = issueTo(signer, pki.Request{Identity: id, Now: now}, nil)
+		pair, err = issueTo(signer, pki.Request{Identity: id, Now: now, Lifetime: s.Lifetimes.Leaf}, nil)
 		return err
 	})
 	return pair, trusted, err
@@ -336,6 +338,7 @@ func (j *joiner) Renew(_ context.Context, id pki.Identity, csr []byte) (reply wi
 }
 
 func (j *joiner) issue(f files, r pki.Request) (wire.JoinReply, error) {
+	r.Lifetime = j.state.Lifetimes.Leaf
 	signer, trusted, err := j.state.authorities(f, j.uid, r.Now)
 	if err != nil {
 		return wire.JoinReply{}, err

@@ -142,8 +142,9 @@ func hubSet(c *model.RemoteCluster, meta metav1.ObjectMeta, o Options) (*appsv1.
 			ServiceName:         meta.Name,
 			PodManagementPolicy: appsv1.ParallelPodManagement,
 			UpdateStrategy:      appsv1.StatefulSetUpdateStrategy{Type: appsv1.RollingUpdateStatefulSetStrategyType},
-			MinReadySeconds:     2,
-			Template:            template,
+			// Until everybody is back at a new hub: they try every three seconds at least.
+			MinReadySeconds: 4,
+			Template:        template,
 		},
 	}, nil
 }

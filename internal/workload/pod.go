@@ -30,6 +30,9 @@ const (
 	ipsecDirectory = "/run/culvert/ipsec"
 	tokenDirectory = "/var/run/secrets/kubernetes.io/serviceaccount" //nolint:gosec // a directory
 
+	// All groups may ping, as containerd 2 has it for every pod.
+	pingGroups = "0 2147483647"
+
 	// A gateway's peers wait while its pod ends: nothing is drained, so it takes no time.
 	terminationSeconds = 5
 	tokenSeconds       = 3607 // what Kubernetes itself asks for
@@ -83,6 +86,8 @@ func podSpec(gw *model.Gateway, o Options) corev1.PodSpec {
 		TerminationGracePeriodSeconds: new(int64(terminationSeconds)),
 		SecurityContext: &corev1.PodSecurityContext{
 			SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+			// Probes through tunnels are pings; Kubernetes counts this sysctl as safe.
+			Sysctls: []corev1.Sysctl{{Name: "net.ipv4.ping_group_range", Value: pingGroups}},
 		},
 		Containers: []corev1.Container{culvertContainer(gw, o), ipsecContainer(gw, o)},
 		Volumes:    volumes(),

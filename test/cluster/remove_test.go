@@ -40,10 +40,11 @@ func traces(t *testing.T, name string) []string {
 			found = append(found, "mount "+line)
 		}
 	}
-	commands, _ := filepath.Glob("/proc/[0-9]*/cmdline")
-	for _, file := range commands {
-		line, err := os.ReadFile(file)
-		if err == nil && strings.Contains(string(line), "cvk-"+name) {
+	dirs, _ := filepath.Glob("/proc/[0-9]*")
+	for _, dir := range dirs {
+		line, err := os.ReadFile(dir + "/cmdline")
+		environ, _ := os.ReadFile(dir + "/environ")
+		if err == nil && dir != fmt.Sprintf("/proc/%d", os.Getpid()) && strings.Contains(string(line)+string(environ), "cvk-"+name) {
 			found = append(found, "process "+strings.ReplaceAll(string(line), "\x00", " "))
 		}
 	}
@@ -92,8 +93,25 @@ func TestRemove(t *testing.T) {
 	if err := hog.Start(); err != nil {
 		t.Fatal(err)
 	}
+	// And what is outside of all its namespaces.
+	proxy := make(chan error, 1)
+	go func() {
+		_, err := c.Kubectl(ctx, "proxy", "--port=0")
+		proxy <- err
+	}()
+	labtest.Eventually(t, 20*time.Second, "kubectl runs", func() error {
+		if !slices.ContainsFunc(traces(t, name), func(s string) bool { return strings.Contains(s, "kubectl proxy") }) {
+			return errors.New("not yet")
+		}
+		return nil
+	})
 	if err := c.Stop(); err != nil {
 		t.Fatal(err)
+	}
+	select {
+	case <-proxy:
+	case <-time.After(5 * time.Second):
+		t.Error("a kubectl of the cluster's lives on")
 	}
 	if err := hog.Wait(); err == nil || errors.Is(ctx.Err(), context.DeadlineExceeded) {
 		t.Errorf("a process of the node ended with %v, not by being killed", err)

@@ -12,11 +12,14 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"github.com/culvert-vpn/culvert/internal/reverse/mux"
+	"github.com/culvert-vpn/culvert/internal/reverse/wire"
 )
 
 // hammer opens connections all the time and counts what fails from a second after the
-// fault on.
-func hammer(t *testing.T, e *egressProcess, to string, fault func()) {
+// fault on. It returns how many failed in the second before that.
+func hammer(t *testing.T, e *egressProcess, to string, fault func()) (inFirstSecond int64) {
 	t.Helper()
 	var since atomic.Int64 // of the fault, nanoseconds
 	var early, late, good atomic.Int64
@@ -60,6 +63,7 @@ func hammer(t *testing.T, e *egressProcess, to string, fault func()) {
 	if good.Load() < 100 {
 		t.Errorf("only %d connections", good.Load())
 	}
+	return early.Load()
 }
 
 func TestHubKilled(t *testing.T) {
@@ -78,6 +82,42 @@ func TestSpokeKilled(t *testing.T) {
 	n.startSpoke("b")
 	e := n.startEgress()
 	hammer(t, e, serve(t, echo), a.kill)
+}
+
+// Both spokes and the egress renew their certificates in the same moment: all connections
+// are made anew, no new stream fails, and those that are open go on.
+func TestAllRenewAtOnce(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.startHubs(2)
+	a, b := n.startSpoke("a"), n.startSpoke("b")
+	e := n.startEgress()
+	to := serve(t, echo)
+	open, err := e.connect(to)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close()
+	began := time.Now()
+	failed := hammer(t, e, to, func() {
+		until := time.Now().Add(time.Minute)
+		a.Renew(until)
+		b.Renew(until)
+		e.Renew(until)
+	})
+	if failed > 0 {
+		t.Errorf("%d new streams failed", failed)
+	}
+	exchange(t, open)
+	n.eventually("all connections are new", func() error {
+		for i, h := range n.hubs {
+			for _, p := range h.Peers() {
+				if p.Since.Before(began) || p.Connections < 2 {
+					return fmt.Errorf("hub %d: %+v", i, p)
+				}
+			}
+		}
+		return nil
+	})
 }
 
 // A spoke whose network dies without a word is worked around at once, and found out within
@@ -143,6 +183,27 @@ func TestHubDrains(t *testing.T) {
 	case <-done:
 	case <-time.After(5 * time.Second):
 		t.Error("the hub still waits though nothing is open")
+	}
+}
+
+// A hub whose time to drain is over cuts what is still open.
+func TestHubDrainsInTime(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.startHubs(1)
+	n.startSpoke("a")
+	e := n.startEgress()
+	st, _, refusal := e.Open(t.Context(), serve(t, echo))
+	if refusal != nil {
+		t.Fatal(refusal)
+	}
+	defer st.Close()
+	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
+	defer cancel()
+	n.hubs[0].GoAway(ctx)
+	_ = st.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_, err := st.Read(make([]byte, 1))
+	if cause := mux.Cause(err); err == nil || cause.Reason != wire.ReasonLost {
+		t.Errorf("%v: %+v", err, cause)
 	}
 }
 

@@ -327,8 +327,12 @@ func handshake(conn net.Conn, to string) (net.Conn, error) {
 	return conn, nil
 }
 
+// dialled are all addresses that hubs and spokes have dialled.
+var dialled sync.Map
+
 // toLoopback dials the target's address on this host; the black hole never answers.
 func toLoopback(ctx context.Context, network, address string) (net.Conn, error) {
+	dialled.Store(address, true)
 	ap, err := netip.ParseAddrPort(address)
 	if err != nil {
 		return nil, err

@@ -35,7 +35,7 @@ spec:
   front: {serverName: front.example.com}
   targets:
   - cidrs: [10.50.0.0/16]
-    ports: [{port: 80}]
+    ports: [{port: 80}, {port: 7000}]
   exports:
   - {name: back, listen: "127.0.0.1:8080", target: "192.0.2.1:81"}
 `
@@ -190,6 +190,7 @@ func TestStandalone(t *testing.T) {
 		}
 	}
 	t.Run("memory", func(t *testing.T) { s.memory(t, hubs) })
+	t.Run("1 Gbit/s", func(t *testing.T) { s.gigabit(t) })
 	t.Run("export", func(t *testing.T) {
 		labtest.Eventually(t, 5*time.Second, "the other direction", func() error {
 			_, body, err := s.get(s.remote, "http://127.0.0.1:8080/")

@@ -62,6 +62,7 @@ func TestRefused(t *testing.T) {
 	e := n.startEgress()
 	to := serve(t, echo)
 	p := port(to)
+	dialled.Clear()
 	for address, want := range map[string]string{
 		"127.0.0.1:" + p:                  "403 127.0.0.1 is loopback",
 		"[::1]:" + p:                      "403 ::1 is loopback",
@@ -105,6 +106,12 @@ func TestRefused(t *testing.T) {
 			t.Errorf("%s: %q, want %q", address, err, want)
 		}
 	}
+	dialled.Range(func(address, _ any) bool {
+		if host, _, _ := net.SplitHostPort(address.(string)); host != target {
+			t.Errorf("%s was dialled", address)
+		}
+		return true
+	})
 }
 
 // 100 connections at once, each with its own bytes.

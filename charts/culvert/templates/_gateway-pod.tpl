@@ -17,7 +17,8 @@ what the other keys of gatewayPods say. */}}
 {{- with $containers }}{{ $_ := set $spec "containers" . }}{{ end }}
 {{- $sysctls := list "net.ipv4.ip_forward=1" "net.ipv6.conf.all.forwarding=1" "net.ipv4.conf.all.rp_filter=2" }}
 {{- if eq $pods.sysctls "Kubelet" }}
-{{- $list := list }}
+{{- /* What the operator itself sets stands here again: the list replaces its. */}}
+{{- $list := list (dict "name" "net.ipv4.ping_group_range" "value" "0 2147483647") }}
 {{- range $sysctls }}{{ $list = append $list (dict "name" (splitList "=" . | first) "value" (splitList "=" . | last)) }}{{ end }}
 {{- $_ := set $spec "securityContext" (dict "sysctls" $list) }}
 {{- else if eq $pods.sysctls "InitContainer" }}

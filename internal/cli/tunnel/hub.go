@@ -3,10 +3,12 @@ package tunnel
 import (
 	"net/netip"
 	"os"
+	"time"
 
 	"github.com/spf13/cobra"
 
 	"github.com/culvert-vpn/culvert/internal/cli/usage"
+	"github.com/culvert-vpn/culvert/internal/pki"
 	"github.com/culvert-vpn/culvert/internal/podapi"
 	"github.com/culvert-vpn/culvert/internal/tunnel"
 )
@@ -54,6 +56,9 @@ object's status then shows who is connected. The operator starts hubs so.`,
 			if opts.Cluster, err = pod.complete(opts.Manifests); err != nil {
 				return err
 			}
+			if err := lifetimes(cmd, &opts.Lifetimes); err != nil {
+				return err
+			}
 			for _, s := range from {
 				p, err := netip.ParsePrefix(s)
 				if err != nil {
@@ -74,9 +79,40 @@ object's status then shows who is connected. The operator starts hubs so.`,
 	f.StringVar(&opts.Spokes, "listen-spokes", ":8443", "address:port for spokes")
 	f.StringArrayVar(&opts.Names, "server-name", nil, "one more DNS name or address for the hub's certificate, as clients write it (repeat; {replica} stands for its number)")
 	f.StringArrayVar(&from, "proxy-protocol-from", nil, "range of a front that sends the PROXY protocol on the spokes' port (repeat)")
+	f.DurationVar(&opts.Lifetimes.Leaf, "certificate-lifetime", 0, "how long the certificates are valid that it issues, 10s to 168h; they are renewed after about half of it (default 168h, or the environment variable "+leafVariable+")")
+	f.DurationVar(&opts.Lifetimes.Authority, "authority-lifetime", 0, "how long authorities are valid that it makes; the next one is made when a fifth of it is left (default 43800h, or the environment variable "+authorityVariable+")")
 	f.StringVar(&pod.remoteCluster, "remote-cluster", "", "in a pod: name of the RemoteCluster, in the pod's namespace")
 	f.StringVar(&pod.secret, "state-secret", "", "in a pod: Secret that takes the place of --state")
 	return cmd
+}
+
+// Environment variables for hubs that the operator makes, whose arguments are its own
+// (chart: hubPods.extraEnv).
+const (
+	leafVariable      = "CULVERT_CERTIFICATE_LIFETIME"
+	authorityVariable = "CULVERT_AUTHORITY_LIFETIME"
+)
+
+// lifetimes takes what no flag says from the environment, and checks it.
+func lifetimes(cmd *cobra.Command, l *pki.Lifetimes) error {
+	for _, x := range []struct {
+		flag, variable string
+		into           *time.Duration
+	}{{"certificate-lifetime", leafVariable, &l.Leaf}, {"authority-lifetime", authorityVariable, &l.Authority}} {
+		text := os.Getenv(x.variable)
+		if text == "" || cmd.Flags().Changed(x.flag) {
+			continue
+		}
+		d, err := time.ParseDuration(text)
+		if err != nil {
+			return usage.Errorf("%s %q: write a duration such as 24h", x.variable, text)
+		}
+		*x.into = d
+	}
+	if err := l.Check(); err != nil {
+		return usage.Wrap(err)
+	}
+	return nil
 }
 
 // hubPod are the flags of a hub in a pod.

@@ -41,6 +41,7 @@ type machine struct {
 	name     string
 	subnet   int
 	ips      []netip.Addr
+	spare    []netip.Addr   // of nodes: see Node.Move
 	podCIDRs []netip.Prefix // of nodes
 	external []netip.Addr   // of nodes
 }
@@ -63,6 +64,7 @@ func newPlan(o Options) plan {
 			name:     fmt.Sprintf("node%d", i),
 			subnet:   subnet,
 			ips:      inSubnet(subnet, 10+i),
+			spare:    inSubnet(subnet, 110+i),
 			podCIDRs: prefixes(fmt.Sprintf("10.244.%d.0/24", i), fmt.Sprintf("fd00:244:%d::/64", i)),
 			external: addresses(fmt.Sprintf("198.18.0.%d", 10+i), fmt.Sprintf("2001:2::%d", 10+i)),
 		})

@@ -8,6 +8,7 @@ import (
 	"net/netip"
 	"os"
 	"os/exec"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -137,7 +138,7 @@ func (c *Cluster) issue() error {
 	for _, m := range c.plan.nodes {
 		errs = append(errs,
 			ca.kubeconfig(m.name, c.Server(), subject{user: "system:node:" + m.name, groups: []string{"system:nodes"}}),
-			ca.cert(m.name+"-serving", subject{user: "system:node:" + m.name, groups: []string{"system:nodes"}, dns: []string{m.name}, ips: m.ips}))
+			ca.cert(m.name+"-serving", subject{user: "system:node:" + m.name, groups: []string{"system:nodes"}, dns: []string{m.name}, ips: slices.Concat(m.ips, m.spare)}))
 	}
 	return errors.Join(errs...)
 }
@@ -199,7 +200,7 @@ func (c *Cluster) Apply(ctx context.Context, manifests string) error {
 
 func (c *Cluster) kubectl(ctx context.Context, stdin string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, c.Program("kubectl"), args...)
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig(), "KUBECACHEDIR="+c.path("kubectl"))
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig(), "KUBECACHEDIR="+c.path("kubectl"), mark(c.Name))
 	cmd.Stdin = strings.NewReader(stdin)
 	out, err := cmd.CombinedOutput()
 	if err != nil {

@@ -160,7 +160,7 @@ func (c *Cluster) TestServer() string { return c.path("server") }
 
 func (c *Cluster) loadOwnImages(ctx context.Context) error {
 	server := c.TestServer()
-	if err := build(ctx, "internal/lab/cluster/server", server); err != nil {
+	if err := c.build(ctx, "internal/lab/cluster/server", server); err != nil {
 		return err
 	}
 	busybox, err := exec.LookPath("busybox")

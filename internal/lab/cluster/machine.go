@@ -83,7 +83,9 @@ func (n *Node) boot(ctx context.Context) error {
 // Enter prepares a program that runs on the node, in all of its namespaces, when started.
 // It is killed, with its process group, when ctx ends.
 func (n *Node) Enter(ctx context.Context, name string, args ...string) *exec.Cmd {
-	return n.Command(ctx, "nsenter", append(n.enter(), append([]string{name}, args...)...)...)
+	cmd := n.Command(ctx, "nsenter", append(n.enter(), append([]string{name}, args...)...)...)
+	cmd.Env = append(os.Environ(), mark(n.cluster.Name))
+	return cmd
 }
 
 func (n *Node) enter() []string {

@@ -146,7 +146,7 @@ func (c *Cluster) podRoutes(h *lab.Host, m machine) error {
 func routePods(h *lab.Host, to machine) error {
 	var errs []error
 	for i, p := range to.podCIDRs {
-		errs = append(errs, h.IP("route", "add", p.String(), "via", to.ips[i].String()))
+		errs = append(errs, h.IP("route", "replace", p.String(), "via", to.ips[i].String()))
 	}
 	return errors.Join(errs...)
 }

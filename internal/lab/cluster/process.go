@@ -142,7 +142,7 @@ func (c *Cluster) spawn(h *lab.Host, program string, command []string) (int, err
 	defer log.Close()
 	cmd := exec.Command(command[0], command[1:]...) //nolint:noctx // outlives the caller
 	cmd.Dir, cmd.Stdout, cmd.Stderr = "/", log, log
-	cmd.Env = append(os.Environ(), "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root")
+	cmd.Env = append(os.Environ(), "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", mark(c.Name))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := start(cmd); err != nil {
 		return 0, errors.Join(fmt.Errorf("start %s on %s", program, machine), err)

@@ -69,14 +69,14 @@ func moduleRoot() (string, error) {
 }
 
 // build compiles one of Culvert's own main packages to a static program.
-func build(ctx context.Context, pkg, output string) error {
+func (c *Cluster) build(ctx context.Context, pkg, output string) error {
 	root, err := moduleRoot()
 	if err != nil {
 		return err
 	}
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", output, "./"+pkg)
 	cmd.Dir = root
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", mark(c.Name))
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("build %s: %w: %s", pkg, err, strings.TrimSpace(string(out)))
 	}

@@ -22,7 +22,7 @@ func Remove(name string) error {
 	if !validName.MatchString(name) {
 		return fmt.Errorf("cluster name %q: want up to ten of a-z and 0-9, a letter first", name)
 	}
-	killForwarder(name)
+	killMarked(name)
 	// A node's first process is in the node's network namespace; with it go all processes
 	// of the node, and with them its mounts.
 	if err := lab.Remove(prefix(name)); err != nil {
@@ -37,18 +37,38 @@ func Remove(name string) error {
 	return os.RemoveAll(directory(name))
 }
 
-// killForwarder ends what runs in none of the cluster's namespaces: the forwarder to
-// kube-apiserver. It is known by its arguments, so that it is found without a record.
-func killForwarder(name string) {
-	files, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+// mark is an entry in the environment of every process that is started for a cluster. By it
+// those are found that run in none of the cluster's namespaces: the forwarder to
+// kube-apiserver, and what a starter that was killed leaves half done, kubectl or a build, which
+// would make the cluster's directory again.
+func mark(name string) string { return "CULVERT_LAB_CLUSTER=" + prefix(name) }
+
+// killMarked ends the processes that carry a cluster's mark, and waits until they are gone.
+func killMarked(name string) {
+	for range 100 {
+		pids := marked(name)
+		if len(pids) == 0 {
+			return
+		}
+		for _, pid := range pids {
+			_ = syscall.Kill(pid, syscall.SIGKILL)
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+}
+
+func marked(name string) (pids []int) {
+	files, _ := filepath.Glob("/proc/[0-9]*/environ")
 	for _, file := range files {
-		line, err := os.ReadFile(file)
-		if err == nil && strings.HasPrefix(string(line), "socat\x00") && strings.Contains(string(line), "nsenter --net=/run/netns/"+prefix(name)+"-control ") {
-			if pid, err := strconv.Atoi(strings.Split(file, "/")[2]); err == nil {
-				_ = syscall.Kill(pid, syscall.SIGKILL)
-			}
+		b, err := os.ReadFile(file) // empty once it has ended
+		if err != nil || !slices.Contains(strings.Split(string(b), "\x00"), mark(name)) {
+			continue
+		}
+		if pid, err := strconv.Atoi(strings.Split(file, "/")[2]); err == nil && pid != os.Getpid() {
+			pids = append(pids, pid)
 		}
 	}
+	return pids
 }
 
 // removeGroups removes the control groups at a path of every hierarchy, and kills what is

@@ -12,6 +12,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
 	"strings"
@@ -45,6 +46,8 @@ type Server struct {
 	// used on connections that are *tls.Conn. Nil: none.
 	TLS   func(ctx context.Context, conn *tls.Conn)
 	Meter *meter.Meter
+	// Logger is told of streams that were cut; nil: nobody is.
+	Logger *slog.Logger
 }
 
 // Serve accepts connections until ctx ends, and then waits for those that are being served
@@ -217,12 +220,13 @@ func (s *Server) connect(ctx context.Context, conn net.Conn, target string, rest
 	}
 	if err != nil {
 		_, _ = conn.Close(), st.Close()
-		s.Meter.Closed(0, 0, err)
+		s.Meter.Closed(0, 0, mux.Cause(err))
 		return
 	}
 	_ = conn.SetDeadline(time.Time{})
 	to, from, err := mux.RelayAfter(func() { awaitRead(conn) }, both, st)
-	s.Meter.Closed(to, from, err)
+	meter.LogCut(s.Logger, target, mux.Cause(err))
+	s.Meter.Closed(to, from, mux.Cause(err))
 }
 
 // webServer serves requests that are not CONNECT, on connections that are handed to it.

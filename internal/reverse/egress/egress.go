@@ -60,7 +60,7 @@ func (e *Egress) Ready() error {
 
 // Serve accepts clients on a listener until ctx ends.
 func (e *Egress) Serve(ctx context.Context, l net.Listener) error {
-	s := &connect.Server{Open: e.Open, HTTP: connect.Proxy(e.Open, e.opts.Meter), Meter: e.opts.Meter}
+	s := &connect.Server{Open: e.Open, HTTP: connect.Proxy(e.Open, e.opts.Meter), Meter: e.opts.Meter, Logger: e.opts.Links.Logger}
 	return s.Serve(ctx, l, link.DrainTimeout)
 }
 

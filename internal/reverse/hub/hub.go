@@ -143,7 +143,7 @@ func (h *Hub) ServeClients(ctx context.Context, l net.Listener) error {
 
 func (h *Hub) serve(ctx context.Context, l net.Listener, role pki.Role, protocol string, plain bool) error {
 	server := &connect.Server{
-		Open: h.Open, Meter: h.opts.Meter,
+		Open: h.Open, Meter: h.opts.Meter, Logger: h.opts.Logger,
 		TLS: func(ctx context.Context, conn *tls.Conn) { h.accept(ctx, conn, role) },
 	}
 	if plain {

@@ -10,6 +10,7 @@ import (
 	"github.com/culvert-vpn/culvert/internal/pki"
 	"github.com/culvert-vpn/culvert/internal/reverse/dial"
 	"github.com/culvert-vpn/culvert/internal/reverse/identity"
+	"github.com/culvert-vpn/culvert/internal/reverse/meter"
 	"github.com/culvert-vpn/culvert/internal/reverse/mux"
 	"github.com/culvert-vpn/culvert/internal/reverse/policy"
 	"github.com/culvert-vpn/culvert/internal/reverse/wire"
@@ -48,14 +49,12 @@ func (h *Hub) target(ctx context.Context, client *mux.Stream, open wire.Open) {
 	h.opts.Meter.Opened("target", opened.Dial, time.Since(began))
 	if err := client.Accept(opened.Append(nil)); err != nil {
 		_, _ = st.Close(), client.Close()
-		h.opts.Meter.Closed(0, 0, err)
+		h.opts.Meter.Closed(0, 0, mux.Cause(err))
 		return
 	}
 	to, from, err := mux.Relay(client, st)
-	if err != nil {
-		h.opts.Logger.Debug("stream cut", "target", open.Target, "error", err)
-	}
-	h.opts.Meter.Closed(to, from, err)
+	meter.LogCut(h.opts.Logger, open.Target, mux.Cause(err))
+	h.opts.Meter.Closed(to, from, mux.Cause(err))
 }
 
 // export dials the target of an export for a spoke.
@@ -69,11 +68,11 @@ func (h *Hub) export(ctx context.Context, st *mux.Stream, open wire.Open) {
 	h.opts.Meter.Opened("export", took, 0)
 	if err := st.Accept(wire.Opened{Dial: took}.Append(nil)); err != nil {
 		_, _ = conn.Close(), st.Close()
-		h.opts.Meter.Closed(0, 0, err)
+		h.opts.Meter.Closed(0, 0, mux.Cause(err))
 		return
 	}
 	from, to, err := mux.Relay(conn, st)
-	h.opts.Meter.Closed(to, from, err)
+	h.opts.Meter.Closed(to, from, mux.Cause(err))
 }
 
 func (h *Hub) dialExport(ctx context.Context, open wire.Open) (mux.Conn, time.Duration, *wire.Refusal) {

@@ -255,6 +255,30 @@ func (k *keeper) retire(s *mux.Session) {
 	drain(k.alive, s, DrainTimeout)
 }
 
+// replace ends a session that is off the list once another one has taken its place: all are
+// renewed at once, and the other end must not be without any meanwhile.
+func (k *keeper) replace(s *mux.Session) {
+	until := k.links.oldUntil()
+	for time.Until(until) > 0 && !k.usable() {
+		select {
+		case <-s.Done():
+			return
+		case <-k.ctx.Done():
+			until = time.Now()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	s.GoAway()
+	drain(k.alive, s, time.Until(k.links.oldUntil()))
+}
+
+// usable reports whether a session of the list takes streams.
+func (k *keeper) usable() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.ContainsFunc(k.sessions, (*mux.Session).Usable)
+}
+
 // drain waits until a session carries no streams but the hello's, and ends it.
 func drain(ctx context.Context, s *mux.Session, most time.Duration) {
 	ticker := time.NewTicker(100 * time.Millisecond)
@@ -355,8 +379,7 @@ func (k *keeper) hold(s *mux.Session) (asked bool) {
 		case <-s.Done():
 			return asked || s.Draining()
 		case <-renewed:
-			s.GoAway()
-			go drain(k.alive, s, time.Until(k.links.oldUntil()))
+			go k.replace(s)
 			return true
 		case <-stop:
 			asked, stop = true, nil

@@ -2,6 +2,8 @@
 package meter
 
 import (
+	"context"
+	"log/slog"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -20,7 +22,7 @@ type Meter struct {
 	bytes    *prometheus.CounterVec
 	sessions *prometheus.GaugeVec
 	lost     prometheus.Counter
-	cut      prometheus.Counter
+	cut      *prometheus.CounterVec
 	expires  prometheus.Gauge
 }
 
@@ -45,7 +47,7 @@ func New(r prometheus.Registerer, part, remoteCluster string) *Meter {
 		bytes:    prometheus.NewCounterVec(prometheus.CounterOpts(opts("bytes_total", "Bytes of streams; direction: to or from the target.")), []string{"direction"}),
 		sessions: prometheus.NewGaugeVec(prometheus.GaugeOpts(opts("connections", "Connections to the other end; peer: its name.")), []string{"peer"}),
 		lost:     prometheus.NewCounter(prometheus.CounterOpts(opts("connections_lost_total", "Connections to the other end that ended without having been asked to."))),
-		cut:      prometheus.NewCounter(prometheus.CounterOpts(opts("streams_cut_total", "Streams that one side cut instead of ending them."))),
+		cut:      prometheus.NewCounterVec(prometheus.CounterOpts(opts("streams_cut_total", "Streams that were open and were cut instead of ended, by reason: lost, a connection between hub, spoke and egress; cut, that of the client or the target.")), []string{"reason"}),
 		expires:  prometheus.NewGauge(prometheus.GaugeOpts(opts("certificate_expiration_seconds", "Unix time at which the own certificate expires."))),
 	}
 	r.MustRegister(m.refused, m.opened, m.open, m.dial, m.total, m.bytes, m.sessions, m.lost, m.cut, m.expires)
@@ -75,17 +77,31 @@ func (m *Meter) Opened(kind string, dial, total time.Duration) {
 	}
 }
 
-// Closed counts the end of a stream that was opened; err is why it was cut, if it was.
-func (m *Meter) Closed(to, from int64, err error) {
+// Closed counts the end of a stream that was opened; cut is why it was cut, nil: it ended.
+func (m *Meter) Closed(to, from int64, cut *wire.Refusal) {
 	if m == nil {
 		return
 	}
-	if err != nil {
-		m.cut.Inc()
+	if cut != nil {
+		m.cut.WithLabelValues(string(cut.Reason)).Inc()
 	}
 	m.open.Dec()
 	m.bytes.WithLabelValues("to").Add(float64(to))
 	m.bytes.WithLabelValues("from").Add(float64(from))
+}
+
+// LogCut logs that a stream was cut, if it was: one that went with a connection between
+// hub, spoke and egress for everybody to see, since a client on a Unix socket may take it
+// for an end; others in detail logs only.
+func LogCut(l *slog.Logger, target string, cut *wire.Refusal) {
+	if cut == nil || l == nil {
+		return
+	}
+	level := slog.LevelDebug
+	if cut.Reason == wire.ReasonLost {
+		level = slog.LevelInfo
+	}
+	l.Log(context.Background(), level, "stream cut", "target", wire.Line(target), "reason", string(cut.Reason), "error", cut)
 }
 
 // Sessions sets the number of connections to a peer; zero forgets the peer.

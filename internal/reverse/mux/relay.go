@@ -8,6 +8,8 @@ import (
 	"sync"
 	"syscall"
 	"time"
+
+	"github.com/culvert-vpn/culvert/internal/reverse/wire"
 )
 
 // Conn is what Relay joins: a connection whose directions end one by one. *net.TCPConn,
@@ -48,9 +50,15 @@ func RelayAfter(ready func(), a, b Conn) (there, back int64, err error) {
 		if errors.As(failed, &write) {
 			// Who no longer reads may have said something before: the other direction brings
 			// that, and ends by itself. Meanwhile nothing may pile up here, since closing a
-			// socket with something to read throws away what is still to be sent.
-			discard(src)
+			// socket with something to read throws away what is still to be sent. A Unix socket
+			// does not, and it is how its other end is told of a cut.
+			if !(isStream(dst) && isUnix(src)) {
+				discard(src)
+			}
 			return
+		}
+		if st, ok := dst.(*Stream); ok {
+			st.Reset(Cause(failed).Append(nil)) // its other end may log why
 		}
 		Cut(dst)
 		_ = src.Close()
@@ -61,6 +69,9 @@ func RelayAfter(ready func(), a, b Conn) (there, back int64, err error) {
 	_, _ = a.Close(), b.Close()
 	return there, back, err
 }
+
+func isStream(c Conn) bool { _, ok := c.(*Stream); return ok }
+func isUnix(c Conn) bool   { _, ok := c.(*net.UnixConn); return ok }
 
 // discardFor is how long the rest of a direction that nobody reads is taken off.
 const discardFor = 5 * time.Second
@@ -84,8 +95,24 @@ func (e *writeError) Unwrap() error { return e.error }
 // has been delivered.
 func ended(err error) bool { return errors.Is(err, syscall.ENOTCONN) || errors.Is(err, syscall.EPIPE) }
 
+// Cause says why a stream was cut: the error is one of Relay's, or of a stream. Nil: it was
+// not.
+func Cause(err error) *wire.Refusal {
+	var reset *ResetError
+	switch {
+	case err == nil:
+		return nil
+	case errors.As(err, &reset):
+		return wire.ParseRefusal(reset.Reason)
+	case errors.Is(err, ErrSessionLost):
+		return wire.Refuse(wire.ReasonLost, "%v", err)
+	}
+	return wire.Refuse(wire.ReasonCut, "%v", err)
+}
+
 // Cut closes a connection so that the other side does not take it for a clean end, as far
-// as its kind allows.
+// as its kind allows. A Unix socket's other end reads ECONNRESET only when something that
+// it wrote has not been read here, else an end (Linux, unix_release_sock).
 func Cut(c Conn) {
 	switch c := c.(type) {
 	case *net.TCPConn:

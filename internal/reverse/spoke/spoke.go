@@ -138,14 +138,12 @@ func (s *Spoke) accept(st *mux.Stream) {
 	s.opts.Meter.Opened("target", took, 0)
 	if err := st.Accept(wire.Opened{Dial: took}.Append(nil)); err != nil {
 		_, _ = conn.Close(), st.Close()
-		s.opts.Meter.Closed(0, 0, err)
+		s.opts.Meter.Closed(0, 0, mux.Cause(err))
 		return
 	}
 	from, to, err := mux.Relay(conn, st)
-	if err != nil {
-		s.opts.Logger.Debug("stream cut", "target", t, "error", err)
-	}
-	s.opts.Meter.Closed(to, from, err)
+	meter.LogCut(s.opts.Logger, t.String(), mux.Cause(err))
+	s.opts.Meter.Closed(to, from, mux.Cause(err))
 }
 
 func (s *Spoke) refuse(st *mux.Stream, r *wire.Refusal) {
@@ -176,5 +174,5 @@ func (s *Spoke) serveExport(ctx context.Context, l wire.Listener, conn net.Conn)
 	}
 	s.opts.Meter.Opened("export", opened.Dial, time.Since(began))
 	to, from, err := mux.Relay(both, st)
-	s.opts.Meter.Closed(to, from, err)
+	s.opts.Meter.Closed(to, from, mux.Cause(err))
 }

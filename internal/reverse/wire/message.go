@@ -102,13 +102,14 @@ const (
 	ReasonDenied      Reason = "denied"       // policy
 	ReasonNoSpoke     Reason = "no-spoke"     // none is connected
 	ReasonNoHub       Reason = "no-hub"       // none is reachable
-	ReasonLost        Reason = "lost"         // the connection was lost before the answer
+	ReasonLost        Reason = "lost"         // a connection between hub, spoke and egress was lost
 	ReasonUnresolved  Reason = "unresolved"   // the name has no address
 	ReasonRefused     Reason = "refused"      // the target refused
 	ReasonUnreachable Reason = "unreachable"  // no route to the target
 	ReasonTimeout     Reason = "timeout"      // the target did not answer in time
 	ReasonBusy        Reason = "busy"         // too much at once
 	ReasonCancelled   Reason = "cancelled"    // the client went away
+	ReasonCut         Reason = "cut"          // one end cut a stream that was open
 	ReasonOther       Reason = "other"        // anything else
 	ReasonNotAllowed  Reason = "bad-method"   // not CONNECT
 	ReasonTooLarge    Reason = "head-too-big" // a request head without end
@@ -136,7 +137,7 @@ func (r Reason) Status() int {
 // reasons are all that may come over the wire.
 var reasons = map[Reason]bool{
 	ReasonMalformed: true, ReasonDenied: true, ReasonNoSpoke: true, ReasonNoHub: true, ReasonLost: true, ReasonUnresolved: true, ReasonRefused: true,
-	ReasonUnreachable: true, ReasonTimeout: true, ReasonBusy: true, ReasonCancelled: true, ReasonOther: true, ReasonNotAllowed: true, ReasonTooLarge: true,
+	ReasonUnreachable: true, ReasonTimeout: true, ReasonBusy: true, ReasonCancelled: true, ReasonCut: true, ReasonOther: true, ReasonNotAllowed: true, ReasonTooLarge: true,
 }
 
 // Refusal is why a stream was not opened: an error that goes over the wire.

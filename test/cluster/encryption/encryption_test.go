@@ -159,6 +159,7 @@ func TestEncryption(t *testing.T) {
 	w := newWorld(t, cluster.Options{Nodes: 3, TwoSubnets: true})
 	w.install()
 	w.siteHost = w.site()
+	t.Cleanup(w.explain)
 	x := w.injector()
 	requests := w.requests()
 	w.works(t, requests)
@@ -194,18 +195,12 @@ func TestEncryption(t *testing.T) {
 		w.reported(t)
 		w.heard()
 	})
-	t.Run("agents killed", func(t *testing.T) {
-		for _, n := range w.Nodes {
-			kill(t, n)
-		}
-		start := time.Now()
-		w.works(t, requests)
-		t.Logf("service was back after %s", time.Since(start).Round(time.Millisecond))
-		w.silence(t, "agents killed")
-	})
+	t.Run("agents killed", func(t *testing.T) { w.killed(t, x) })
 	t.Run("undone by hand", w.undone)
+	t.Run("peer deleted", w.forgotten)
 	t.Run("upgrade and rollback under load", w.upgrade)
 	t.Run("key rotation", w.rotation)
+	t.Run("address changed", w.moved)
 	t.Run("network configuration", w.follows)
 	t.Run("boot without an agent", w.boot)
 	t.Run("own node only", w.ownNodeOnly)
@@ -219,12 +214,26 @@ func TestEncryption(t *testing.T) {
 	})
 }
 
-// undone takes parts of it away on one node, while pods talk. What that node's pod and host ask
-// tells whether it is repaired; what leaves is heard everywhere.
+// explain shows, after a failure, how the agents are.
+func (w *world) explain() {
+	if !w.t.Failed() {
+		return
+	}
+	for _, args := range [][]string{
+		{"get", "pods", "-o", "wide"}, {"get", "events"},
+		{"logs", "-l", "app.kubernetes.io/component=agent", "--tail=20", "--prefix"},
+		{"logs", "-l", "app.kubernetes.io/component=agent", "--tail=20", "--prefix", "--previous"},
+	} {
+		out, err := w.TryKubectl(append([]string{"-n", clustertest.System}, args...)...)
+		w.t.Logf("kubectl %s: %v\n%s", strings.Join(args, " "), err, out)
+	}
+}
+
+// undone takes parts of it away on one node, while its pod and host talk; what leaves is heard
+// everywhere.
 func (w *world) undone(t *testing.T) {
 	n := w.Nodes[0]
-	requests := w.requests()
-	requests = requests[:len(requests)/5]
+	flows := w.flows(t, n)
 	for what, script := range map[string]string{
 		"device deleted": "ip link delete cvtnode0",
 		"guard flushed":  "nft flush table inet culvert-guard",
@@ -233,9 +242,8 @@ func (w *world) undone(t *testing.T) {
 		"rules deleted":  "for p in 19630 19631 19632; do ip -4 rule del priority $p; ip -6 rule del priority $p; done",
 	} {
 		before := drops(n)
+		o := w.watch(t, flows)
 		w.run(t, n, script)
-		start := time.Now()
-		w.works(t, requests)
 		// One thing at a time: routes without the guard, and the guard without routes.
 		labtest.Eventually(t, 15*time.Second, what+": the guard is whole again", func() error {
 			if now := drops(n); now != before || now == 0 {
@@ -243,7 +251,7 @@ func (w *world) undone(t *testing.T) {
 			}
 			return nil
 		})
-		t.Logf("%s: all answered %s later", what, time.Since(start).Round(time.Millisecond))
+		o.over(what)
 		w.silence(t, what)
 	}
 }
@@ -256,9 +264,13 @@ func drops(n *cluster.Node) int {
 
 // upgrade replaces all agents, and takes that back, while pods talk.
 func (w *world) upgrade(t *testing.T) {
+	flows := w.flows(t, w.Nodes[0])
 	for _, verb := range []string{"restart", "undo"} {
+		o := w.watch(t, flows)
 		w.Kubectl("-n", clustertest.System, "rollout", verb, "daemonset/culvert-agent")
 		w.Kubectl("-n", clustertest.System, "rollout", "status", "daemonset/culvert-agent", "--timeout=100s")
+		time.Sleep(time.Second) // the last one's turn is over
+		o.longest("rollout " + verb)
 		w.works(t, w.requests())
 		w.silence(t, "rollout "+verb)
 	}
@@ -337,6 +349,7 @@ func (w *world) rotation(t *testing.T) {
 		return w.Kubectl("get", "nodetunnel", w.Nodes[0].Name, "-o", "jsonpath={.spec.publicKey}{.spec.nextPublicKey}")
 	}
 	before := key()
+	o := w.watch(t, w.flows(t, w.Nodes[0]))
 	w.Kubectl("annotate", "nodetunnel", w.Nodes[0].Name, fmt.Sprint("culvert.dev/rotate-key=", time.Now().UnixNano()), "--overwrite")
 	pod, target := "web-"+w.Nodes[1].Name, w.ips("web-" + w.Nodes[0].Name)[0]
 	var slow time.Duration
@@ -352,6 +365,8 @@ func (w *world) rotation(t *testing.T) {
 		return nil
 	})
 	t.Logf("the slowest request took %s", slow.Round(time.Millisecond))
+	time.Sleep(time.Second)
+	o.longest("key rotation")
 	w.works(t, w.requests())
 	w.silence(t, "key rotation")
 }

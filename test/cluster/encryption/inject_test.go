@@ -41,7 +41,7 @@ func (w *world) injector() *injector {
 }
 
 // inject sends plain datagrams with a pod's source to a pod on the first node, and returns how
-// many of each family it has heard of so far.
+// many of each family that has got so far: as many as before when none was delivered.
 func (x *injector) inject() (delivered [2]int) {
 	x.w.t.Helper()
 	pod := "web-" + x.w.Nodes[0].Name

@@ -36,6 +36,7 @@ func (s *scene) replicas() {
 	s.bothReady()
 
 	s.bothWithoutServer()
+	s.hangs()
 
 	// Whoever goes on when the process is killed, the IKE daemon, which is not, has no part
 	// in it unless it is its own pod that does.
@@ -77,6 +78,41 @@ func (s *scene) replicas() {
 	p.Unharmed()
 	if got := s.working(t); got.pod == second.pod {
 		t.Errorf("%s works again, although nothing was wrong with the other one", got.pod)
+	}
+}
+
+// Another pod's first packet passes so long after the one that works was lost, without a word.
+const takeover = 2 * time.Second
+
+// hangs stops the process that works, and lets it go on when another has taken over: three times,
+// as a neighbour on the machine may spoil one.
+func (s *scene) hangs() {
+	t := s.t
+	var rounds []float64
+	for range 3 {
+		was := s.working(t)
+		s.reaches(s.site, siteInner, s.pods[0]+":8081", 20*time.Second)
+		site := clustertest.Watch(t, s.site, siteInner, s.pods[0]+":8081", 20*time.Millisecond)
+		site.AwaitSteady(500*time.Millisecond, 20*time.Second)
+		signal := func(name string) {
+			if out, err := s.node(was.node).Run(t.Context(), "pkill", "-"+name, "-f", "^culvert gateway --namespace"); err != nil {
+				t.Fatalf("%v: %s", err, out)
+			}
+		}
+		event := time.Now()
+		signal("STOP")
+		took := site.AwaitBack(event, 60*time.Second)
+		signal("CONT")
+		t.Logf("%s hangs: the site is back after %s", was.pod, took.Round(10*time.Millisecond))
+		rounds = append(rounds, took.Seconds())
+		if now := s.working(t); now.pod == was.pod {
+			t.Errorf("%s works, which hung", now.pod)
+		}
+		s.bothReady()
+		labtest.Eventually(t, 30*time.Second, "only the pod that works has tunnels", s.tunnels)
+	}
+	if took := labtest.Decisive(rounds, func(a, b float64) bool { return a < b }); took > takeover.Seconds() {
+		t.Errorf("another pod took over within %.2f s, want %s (rounds %.2f)", took, takeover, rounds)
 	}
 }
 

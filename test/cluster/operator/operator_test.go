@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -293,6 +294,52 @@ func TestDepartedPods(t *testing.T) {
 		}
 		return err
 	})
+}
+
+// A path that is up through a pod that died goes once another pod works; that one's stays, and so
+// does what a pod says that lives.
+func TestDeadPods(t *testing.T) {
+	ns := inNamespace(t, "dead")
+	startOperator(t, "--alone")
+	create(t, gateway(ns, func(s *v1alpha1.VPNGatewaySpec) { s.Replicas = new(int32(3)) }), site(ns, "berlin", "10.1.0.0/16"))
+	eventually(t, 20*time.Second, func() error { return get(&appsv1.StatefulSet{}, ns, "culvert-edge") })
+	for _, says := range [][3]string{{"culvert-edge-0", "true", "Up"}, {"culvert-edge-1", "false", "Down"}, {"culvert-edge-2", "false", "Down"}} {
+		pod := says[0]
+		applyStatus(t, &v1alpha1.VPNGateway{}, ns, "edge", pod, `{"endpoints":[{"pod":"`+pod+`","podIPs":["10.244.1.9"],"active":`+says[1]+`}]}`)
+		applyStatus(t, &v1alpha1.Site{}, ns, "berlin", pod, `{"paths":[{"replica":"`+pod+`","state":"`+says[2]+`"}]}`)
+	}
+	paths := func() string {
+		var s v1alpha1.Site
+		if err := get(&s, ns, "berlin"); err != nil {
+			return err.Error()
+		}
+		var list []string
+		for _, p := range s.Status.Paths {
+			list = append(list, fmt.Sprintf("%s %s, ", p.Replica, p.State))
+		}
+		slices.Sort(list)
+		return strings.Join(list, "")
+	}
+	time.Sleep(7 * time.Second) // longer than the operator doubts
+	const before = "culvert-edge-0 Up, culvert-edge-1 Down, culvert-edge-2 Down, "
+	if got := paths(); got != before {
+		t.Fatalf("with one that works: %s", got)
+	}
+	// The second takes over, and corrects what the first cannot say any more.
+	applyStatus(t, &v1alpha1.VPNGateway{}, ns, "edge", "culvert-edge-1", `{"endpoints":[{"pod":"culvert-edge-1","podIPs":["10.244.1.9"],"active":true},{"pod":"culvert-edge-0","active":false}]}`)
+	applyStatus(t, &v1alpha1.Site{}, ns, "berlin", "culvert-edge-1", `{"paths":[{"replica":"culvert-edge-1","state":"Up"}]}`)
+	eventually(t, 30*time.Second, func() error {
+		if got := paths(); got != "culvert-edge-1 Up, culvert-edge-2 Down, " {
+			return errors.New(got)
+		}
+		return nil
+	})
+	// It is back, and stands by.
+	applyStatus(t, &v1alpha1.Site{}, ns, "berlin", "culvert-edge-0", `{"paths":[{"replica":"culvert-edge-0","state":"Down"}]}`)
+	time.Sleep(7 * time.Second)
+	if got := paths(); !strings.Contains(got, "culvert-edge-0 Down, ") || !strings.Contains(got, "culvert-edge-1 Up, ") {
+		t.Errorf("after the first is back: %s", got)
+	}
 }
 
 // applyStatus applies a status as a gateway pod.

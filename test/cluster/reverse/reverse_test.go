@@ -33,6 +33,7 @@ type plant struct {
 	hosting *clustertest.Cluster
 	remote  *clustertest.Cluster
 	front   netip.Addr
+	web     string // address of the remote cluster's web server
 	dir     string
 }
 
@@ -45,15 +46,20 @@ func TestReversedTunnel(t *testing.T) {
 	p.ground()
 	p.tenants()
 	p.useEgress()
+	renewals := p.watchRenewals(p.selfTenant())
 	t.Run("kube-apiserver", func(t *testing.T) { p.testAPIServer(t) })
 	t.Run("same ranges", func(t *testing.T) { p.testSameRanges(t) })
 	t.Run("what is not allowed", func(t *testing.T) { p.testNotAllowed(t) })
+	t.Run("exports", func(t *testing.T) { p.testExports(t) })
+	t.Run("hubs are updated", func(t *testing.T) { p.testHubsUpdated(t) })
 	t.Run("a hub dies", func(t *testing.T) { p.testHubDies(t) })
 	t.Run("a spoke dies", func(t *testing.T) { p.testSpokeDies(t) })
 	t.Run("the table changes", func(t *testing.T) { p.testTableChanges(t) })
 	t.Run("the authority is lost", func(t *testing.T) { p.testAuthority(t) })
 	t.Run("revoked", func(t *testing.T) { p.testRevoked(t) })
+	t.Run("probes in a pod", func(t *testing.T) { p.testProbes(t) })
 	t.Run("the feature gate", func(t *testing.T) { p.testGate(t) })
+	t.Run("renewals", func(t *testing.T) { p.testRenewals(t, renewals) })
 	t.Run("rights", func(t *testing.T) { p.testRights(t) })
 }
 
@@ -104,6 +110,8 @@ func build(t *testing.T) *plant {
 	p.remote = (&clustertest.Cluster{Cluster: s.c}).In(t)
 	p.remote.LoadCulvert()
 	p.hosting.LoadCulvert()
+	// Operator and front, too.
+	p.hosting.Apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: " + clustertest.System + ", labels: {pod-security.kubernetes.io/enforce: restricted}}\n")
 	balanced := p.balance() // helm waits for the load balancer's address
 	p.hosting.Install("--set", "front.enabled=true,agent.enabled=false,gatewayPods.sysctls=InitContainer")
 	b := <-balanced
@@ -138,11 +146,13 @@ func (p *plant) balance() <-chan *cluster.Balancer {
 	return out
 }
 
+// uplinkAddress is the remote cluster's on the outside of the hosting one.
+const uplinkAddress = "198.19.0.9"
+
 // uplink joins the remote cluster's router to the outside of the hosting cluster, as one
 // more machine there: out through its NAT, never in.
 func (p *plant) uplink() {
 	p.t.Helper()
-	const address = "198.19.0.9"
 	router, outside := p.remote.Router, p.hosting.Outside
 	_ = router.IP("link", "delete", "up0") // of an earlier run
 	p.write("uplink.nft", fmt.Appendf(nil, `table ip uplink
@@ -156,8 +166,8 @@ table ip uplink {
 	for _, err := range []error{
 		router.IP("link", "add", "up0", "type", "veth", "peer", "name", "p-remote", "netns", outside.Namespace),
 		outside.IP("link", "set", "p-remote", "master", "br0", "up"),
-		router.Up("up0", address+"/32"),
-		router.IP("route", "replace", p.front.String()+"/32", "dev", "up0", "src", address),
+		router.Up("up0", uplinkAddress+"/32"),
+		router.IP("route", "replace", p.front.String()+"/32", "dev", "up0", "src", uplinkAddress),
 	} {
 		if err != nil {
 			p.t.Fatal(err)
@@ -199,8 +209,8 @@ func (p *plant) selfTenant() tenant   { return tenant{"team-self", "self", p.hos
 // tenants makes both RemoteClusters, joins the clusters, and runs an egress for each.
 func (p *plant) tenants() {
 	p.t.Helper()
-	for _, x := range []struct{ tenant, front string }{
-		{"remote", ""}, // of the load balancer
+	for _, x := range []struct{ tenant, more string }{
+		{"remote", "exports: [{name: office, listen: '0.0.0.0:6080', target: 'office.team-remote.svc:80'}]"}, // the front: its load balancer
 		{"self", "front: {address: 'culvert-front." + clustertest.System + ".svc:443'}"},
 	} {
 		p.hosting.Namespace("team-" + x.tenant)
@@ -214,10 +224,15 @@ spec:
   targets:
   - {cidrs: [%s/32], ports: [{port: 10250}]}
   - {cidrs: [10.244.0.0/16], ports: [{port: 8080}, {port: 8443}]}
-`, x.tenant, x.front, p.remote.Nodes[0].IPs()[0]))
+`, x.tenant, x.more, p.remote.Nodes[0].IPs()[0]))
 	}
+	p.hosting.Namespace("team-gateway")
+	p.hosting.Apply(gatewayOfTwo + "---" + office)
 	for _, x := range []tenant{p.remoteTenant(), p.selfTenant()} {
 		p.hosting.Kubectl("-n", x.namespace, "wait", "remotecluster/"+x.name, "--for=condition=Ready", "--timeout=100s")
+		if x == p.selfTenant() {
+			p.shorten(x)
+		}
 		x.cluster.Apply(p.culvert(p.t, "join", x.name, "-n", x.namespace, "--image-pull-policy", "Never"))
 		p.t.Cleanup(func() {
 			if out, err := x.cluster.TryKubectl("delete", "namespace", "culvert-spoke", "--wait=false", "--ignore-not-found"); err != nil {

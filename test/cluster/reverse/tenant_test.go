@@ -2,7 +2,6 @@ package reverse
 
 import (
 	"bufio"
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -104,34 +103,14 @@ func (p *plant) long(t *testing.T, x tenant) <-chan error {
 // after begin was called. Only the product's own promise is measured: see testHubDies.
 func (p *plant) steady(t *testing.T, x tenant, fault func()) {
 	t.Helper()
-	ctx, cancel := context.WithCancel(t.Context())
-	type failure struct {
-		at  time.Time
-		err error
-	}
-	failures := make(chan []failure, 1)
-	opened := 0
-	go func() {
-		var list []failure
-		for ctx.Err() == nil {
-			at := time.Now()
-			conn, err := p.connect(x, p.kubelet())
-			if err != nil {
-				list = append(list, failure{at, err})
-			} else {
-				opened++
-				_ = conn.Close()
-			}
-			time.Sleep(20 * time.Millisecond)
-		}
-		failures <- list
-	}()
+	o := p.opening(x, 20*time.Millisecond)
+	defer o.stop()
 	time.Sleep(200 * time.Millisecond)
 	fault()
 	from := time.Now().Add(time.Second) // kubectl returns when the pod is gone
 	time.Sleep(5 * time.Second)
-	cancel()
-	for _, f := range <-failures {
+	opened, failures := o.stop()
+	for _, f := range failures {
 		if f.at.After(from) {
 			t.Errorf("a new connection failed %s after the fault: %v", f.at.Sub(from)+time.Second, f.err)
 		} else {
@@ -248,7 +227,8 @@ func (p *plant) testAuthority(t *testing.T) {
 	p.connected(t, p.remoteTenant())
 }
 
-// testRevoked: the spokes' connections close, and a new manifest lets them in again.
+// testRevoked: the spokes' connections close, and a new manifest lets them in again, now
+// from behind a proxy.
 func (p *plant) testRevoked(t *testing.T) {
 	x := p.remoteTenant()
 	name, _, _ := strings.Cut(p.hosting.In(t).Kubectl("-n", x.namespace, "get", "remotecluster", x.name, "-o", "jsonpath={.status.hubs[0].spokes[0].name}"), "/")
@@ -270,14 +250,23 @@ func (p *plant) testRevoked(t *testing.T) {
 	if conn, err := p.connect(x, p.kubelet()); err == nil || !strings.HasPrefix(err.Error(), "503") {
 		t.Errorf("%v, %v", conn, err)
 	}
-	x.cluster.In(t).Apply(p.culvert(t, "join", x.name, "-n", x.namespace, "--image-pull-policy", "Never"))
+	proxy, asked := p.behindProxy()
+	x.cluster.In(t).Apply(p.culvert(t, "join", x.name, "-n", x.namespace, "--image-pull-policy", "Never", "--https-proxy", proxy))
 	p.connected(t, x)
+	conn, err := p.connect(x, p.kubelet())
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = conn.Close()
+	if asked() < 8 { // two spokes with two connections to each of two hubs
+		t.Errorf("the proxy was asked for %d connections only", asked())
+	}
 }
 
 // testGate: the annotation takes the hubs away and brings them back, and the spokes come
 // back by themselves.
 func (p *plant) testGate(t *testing.T) {
-	x := p.selfTenant()
+	x := p.remoteTenant()
 	c := p.hosting.In(t)
 	c.Kubectl("-n", x.namespace, "annotate", "remotecluster", x.name, "culvert.dev/reversed-tunnel=false", "--overwrite")
 	labtest.Eventually(t, 30*time.Second, "the hubs are gone", func() error {

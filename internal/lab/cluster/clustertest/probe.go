@@ -140,6 +140,46 @@ func (p *Probe) AwaitBack(event time.Time, timeout time.Duration) time.Duration 
 	return 0
 }
 
+// Recovered waits until all packets of two seconds have come back, ends the probe, and returns
+// when the first packet was sent that came back after the last that was lost, counted from an
+// event; 0 when none was lost since.
+func (p *Probe) Recovered(event time.Time, timeout time.Duration) time.Duration {
+	p.t.Helper()
+	defer p.end()
+	const steady = 2 * time.Second
+	for deadline := time.Now().Add(timeout); time.Now().Before(deadline); time.Sleep(50 * time.Millisecond) {
+		if since, last := p.soundSince(event); last.Sub(since) > steady {
+			return since.Sub(event)
+		}
+	}
+	p.t.Fatalf("%s: not back within %s", p.what, timeout)
+	return 0
+}
+
+// soundSince is when the first packet after the last lost one was sent, or the event, and when
+// the last was that came back.
+func (p *Probe) soundSince(event time.Time) (since, last time.Time) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	since = event
+	lost := false
+	for i, at := range p.sent {
+		switch {
+		case at.Before(event):
+		case !p.back[i].IsZero():
+			if last = at; lost {
+				since, lost = at, false
+			}
+		case time.Since(at) > 300*time.Millisecond:
+			lost = true
+		}
+	}
+	if lost {
+		last = since
+	}
+	return since, last
+}
+
 // AwaitAny waits until the first packet comes back, and ends the probe.
 func (p *Probe) AwaitAny(timeout time.Duration) {
 	p.t.Helper()
