@@ -231,7 +231,7 @@ func TestAuthoritiesRotate(t *testing.T) {
 // Lifetimes of others make others rotate: one that is longer than what there is does so at
 // once, and what could not be renewed in time is refused.
 func TestLifetimes(t *testing.T) {
-	list := []*x509.Certificate{authority(t, "u", now).Certificate}
+	list := []*x509.Certificate{authority(t, "u", now.Add(-time.Hour)).Certificate}
 	long := Lifetimes{Authority: 10 * AuthorityLifetime, Leaf: time.Minute}
 	if p := PlanAuthorities(list, long, now); !p.Make || p.Signer != 0 {
 		t.Fatalf("%+v", p)

@@ -119,7 +119,16 @@ func Cut(c Conn) {
 		_ = c.SetLinger(0)
 		_ = c.Close()
 	case *tls.Conn:
-		_ = c.NetConn().Close() // without close_notify
+		// Without close_notify, and with a reset: many take an end of the connection between two
+		// records for an end of the stream (RFC 8446, section 6.1, but crypto/tls does, too).
+		raw := c.NetConn()
+		if corked, ok := raw.(*Corked); ok {
+			raw = corked.NetConn()
+		}
+		if t, ok := raw.(*net.TCPConn); ok {
+			_ = t.SetLinger(0)
+		}
+		_ = c.NetConn().Close()
 	default:
 		_ = c.Close()
 	}
