@@ -35,7 +35,6 @@ func (p *plant) ground() {
 		_, _ = p.remote.TryKubectl("delete", "validatingwebhookconfiguration/ground", "apiservice/v1.probe.example.com", "--ignore-not-found")
 	})
 	p.remote.Wait("ground", "web")
-	p.web = p.remote.Kubectl("-n", "ground", "get", "pod", "web", "-o", "jsonpath={.status.podIP}")
 }
 
 const groundManifest = `

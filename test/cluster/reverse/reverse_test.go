@@ -33,7 +33,6 @@ type plant struct {
 	hosting *clustertest.Cluster
 	remote  *clustertest.Cluster
 	front   netip.Addr
-	web     string // address of the remote cluster's web server
 	dir     string
 }
 

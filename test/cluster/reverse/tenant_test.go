@@ -268,6 +268,8 @@ func (p *plant) testRevoked(t *testing.T) {
 func (p *plant) testGate(t *testing.T) {
 	x := p.remoteTenant()
 	c := p.hosting.In(t)
+	// Its kube-apiserver keeps connections, for which a hub would wait a minute.
+	c.Kubectl("-n", x.namespace, "delete", "pod", "egress")
 	c.Kubectl("-n", x.namespace, "annotate", "remotecluster", x.name, "culvert.dev/reversed-tunnel=false", "--overwrite")
 	labtest.Eventually(t, 30*time.Second, "the hubs are gone", func() error {
 		out, err := c.TryKubectl("-n", x.namespace, "get", "statefulsets,services", "-o", "name")
