@@ -7,11 +7,12 @@ import (
 	"net/netip"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Move gives a running node other addresses of its subnet, as a DHCP server may: on its link,
 // in the routes of everybody to its pods, as a cloud does, and, by a kubelet that is started
-// anew, in its Node. Its public addresses lead nowhere meanwhile. The second time it moves
+// anew, in its Node, for which it waits. Its public addresses lead nowhere meanwhile. The second time it moves
 // back; a test must leave a node where it was.
 func (n *Node) Move(ctx context.Context) error {
 	c, m := n.cluster, &n.address
@@ -58,5 +59,18 @@ func (n *Node) Move(ctx context.Context) error {
 	if err := errors.Join(append(errs, c.StopProgram(n.Name, "kubelet"))...); err != nil {
 		return err
 	}
-	return c.StartProgram(n.Name, "kubelet", args...)
+	if err := c.StartProgram(n.Name, "kubelet", args...); err != nil {
+		return err
+	}
+	err := until(ctx, time.Minute, "the Node of "+n.Name+" has its new addresses", func() error {
+		out, err := c.Kubectl(ctx, "get", "node", n.Name, "-o", `jsonpath={.status.addresses[?(@.type=="InternalIP")].address}`)
+		if err == nil && !strings.Contains(out, m.ips[0].String()) {
+			err = fmt.Errorf("it has %s", out)
+		}
+		return err
+	})
+	if err != nil || c.options.NoKubeProxy || c.options.CNI == Cilium {
+		return err
+	}
+	return c.KillProgram(n.Name, "kube-proxy") // which learns its node's addresses when it starts
 }

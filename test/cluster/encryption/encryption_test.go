@@ -84,7 +84,8 @@ spec: {type: NodePort, selector: {node: %[1]s}, ports: [{port: 80, targetPort: 8
 
 // listen notes what goes over a node's wire in the clear: what has a pod at an end (but for the API
 // server's, whose machine is no node), and what nodes say to each other, other than WireGuard, the
-// kernel's words about it (nobody listens at that port yet), and neighbour discovery.
+// kernel's words about it (nobody listens at that port yet), and neighbour discovery. What the
+// injector sends is counted where it would arrive.
 func (w *world) listen(n *cluster.Node) {
 	w.t.Helper()
 	var between []string
@@ -110,6 +111,9 @@ func (w *world) listen(n *cluster.Node) {
 	go func() {
 		defer close(done)
 		for lines := bufio.NewScanner(out); lines.Scan(); {
+			if injected(lines.Text()) {
+				continue
+			}
 			w.mu.Lock()
 			w.plain[n.Name] = append(w.plain[n.Name], lines.Text())
 			w.mu.Unlock()

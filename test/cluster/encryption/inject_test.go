@@ -16,6 +16,11 @@ import (
 // ghost are addresses of the third node's pods that no pod has.
 var ghost = [2]string{"10.244.3.200", "fd00:244:3::c8"}
 
+// injected tells whether tcpdump's line is about a packet of the injector's.
+func injected(line string) bool {
+	return strings.Contains(line, "IP "+ghost[0]+".") || strings.Contains(line, "IP6 "+ghost[1]+".")
+}
+
 // injector is a host on the nodes' network that pretends to be a pod.
 type injector struct {
 	*labtest.Host
