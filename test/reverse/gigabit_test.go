@@ -72,7 +72,7 @@ func (s *site) gigabit(t *testing.T) {
 			raw, err = net.Dial("tcp", "192.0.2.2:7001")
 			return err
 		})
-		direct := rate(t, tls.Client(raw, &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13})) //nolint:gosec // whose it is does not matter
+		direct := rate(t, tls.Client(raw, &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13}))
 		c, err := egress.connect("10.50.0.1:7000")
 		if err != nil {
 			t.Fatal(err)
