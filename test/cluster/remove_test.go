@@ -109,7 +109,10 @@ func TestRemove(t *testing.T) {
 		t.Fatal(err)
 	}
 	select {
-	case <-proxy:
+	case err := <-proxy:
+		if err == nil {
+			t.Error("a kubectl of the cluster's ended by itself, not by being killed")
+		}
 	case <-time.After(5 * time.Second):
 		t.Error("a kubectl of the cluster's lives on")
 	}
