@@ -125,11 +125,14 @@ func observed(t testing.TB, r *route.Route, want netstate.State) {
 }
 
 // dump is everything that ip(8) shows, one element per line, without link-local and
-// multicast entries, which come on the kernel's own schedule.
+// multicast entries, and the kernel's own routes to the host's IPv6 addresses, which come on its
+// own schedule.
 func dump(h *labtest.Host) string {
 	out := h.Run("ip", "-o", "addr") + h.Run("ip", "route", "show", "table", "all") + h.Run("ip", "-6", "route", "show", "table", "all") +
 		h.Run("ip", "rule") + h.Run("ip", "-6", "rule")
-	lines := slices.DeleteFunc(strings.Split(out, "\n"), func(l string) bool { return strings.Contains(l, "fe80::") || strings.Contains(l, " ff00::/8 ") })
+	lines := slices.DeleteFunc(strings.Split(out, "\n"), func(l string) bool {
+		return strings.Contains(l, "fe80::") || strings.Contains(l, " ff00::/8 ") || strings.Contains(l, " table local proto kernel metric 0 pref ")
+	})
 	slices.Sort(lines)
 	return strings.Join(lines, "\n")
 }
