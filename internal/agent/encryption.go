@@ -16,6 +16,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
+	"github.com/culvert-vpn/culvert/internal/cilium"
 	"github.com/culvert-vpn/culvert/internal/guard"
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/netstate"
@@ -62,6 +63,9 @@ type encryption struct {
 	told    map[string]bool    // kinds of plain packets that were reported
 	plain   guard.Observation  // as last seen
 	differs time.Time          // since when the NodeEncryption's status is not what it should be
+	// cilium are the settings of the cluster's Cilium, as last read; nil: none.
+	cilium      cilium.Settings
+	ciliumAsked time.Time
 	// present: there is a NodeEncryption, whether it could be read or not.
 	present bool
 }
@@ -147,11 +151,17 @@ func (e *encryption) gather(ctx context.Context, n *node, objects model.Objects,
 		e.log.Warn("the guard on disk cannot be read: it is written anew", "error", err)
 	}
 	f.Enforced = saved != nil && saved.Strict
-	if f.Local, f.Mismatch, err = localLinks(n.facts.Node); err != nil {
+	if f.Local, f.Mismatch, err = localLinks(n.facts.Node, n.model.Nodes); err != nil {
 		return err
 	}
 	if e.plain, err = e.guard.Observe(); err != nil {
 		e.log.Warn("cannot read what the guard has counted", "error", err)
+	}
+	if f.Refused, f.Overlay = e.besideCilium(ctx); e.cilium != nil {
+		f.Local = append(f.Local, ciliumInside...)
+		if f.Loose, err = looseLinks(n.facts.Node); err != nil {
+			return err
+		}
 	}
 	e.observe(ctx, n)
 	e.underlay(ctx, n)
@@ -285,7 +295,7 @@ func exists(link string) bool {
 // for a guard as long as one is kept that drops.
 func (e *encryption) after(s netstate.State) []step {
 	hold := step{"cni", func(context.Context) (changed int, err error) {
-		changed, err = e.chain.Set(e.dir != "" && e.strict())
+		changed, err = e.hold()
 		if was := e.heldErr; (was == nil) != (err == nil) {
 			e.soon(soonEvery) // and tell
 		}
@@ -308,6 +318,17 @@ func (e *encryption) after(s netstate.State) []step {
 	}}, hold}
 }
 
+// hold has pods wait for the guard as long as one is kept that drops, unless Cilium would take
+// our network configuration away as often as we wrote it.
+func (e *encryption) hold() (int, error) {
+	want := e.dir != "" && e.strict()
+	if why := e.cilium.RefusesChain(); want && why != "" {
+		changed, err := e.chain.Set(false)
+		return changed, errors.Join(err, errors.New(why))
+	}
+	return e.chain.Set(want)
+}
+
 // remove takes everything down, the guard last.
 func (e *encryption) remove() error {
 	var err error
@@ -323,7 +344,7 @@ func (e *encryption) remove() error {
 // localLinks are the links that pods are, or will be, attached to, and why the addresses of
 // pods are not what the node's object says; empty: they are. A link with one of the node's
 // addresses or a default route is none of them.
-func localLinks(n model.Node) (local []string, mismatch string, err error) {
+func localLinks(n model.Node, all []model.Node) (local []string, mismatch string, err error) {
 	look, err := lookAtLinks(n)
 	if err != nil {
 		return nil, "", err
@@ -342,6 +363,10 @@ func localLinks(n model.Node) (local []string, mismatch string, err error) {
 		return local, fmt.Sprintf("node %s has no spec.podCIDRs: which addresses are pods' is not known", n.Name), nil
 	}
 	for _, r := range look.routes {
+		// A whole range of another node's is no pod's: Cilium has such routes on its own link.
+		if slices.ContainsFunc(all, func(o model.Node) bool { return slices.Contains(o.PodCIDRs, r.to) }) {
+			continue
+		}
 		if slices.ContainsFunc(local, func(p string) bool { return matches(p, r.link) }) &&
 			!slices.ContainsFunc(n.PodCIDRs, func(c netip.Prefix) bool { return c.Overlaps(r.to) }) {
 			return local, fmt.Sprintf("%s on %s of node %s is in none of its spec.podCIDRs, so that pods' traffic is not recognised: this network plugin assigns addresses in another way", r.to, r.link, n.Name), nil

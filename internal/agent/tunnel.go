@@ -18,6 +18,13 @@ import (
 	"github.com/culvert-vpn/culvert/internal/plan"
 )
 
+// reasonNetworkPlugin is of a NodeEncryption that cannot keep its promise beside the cluster's
+// network plugin.
+const reasonNetworkPlugin = "NetworkPlugin"
+
+// reasonPodsUnknown is of a NodeTunnel whose node has pods that are in none of its ranges.
+const reasonPodsUnknown = "PodsNotRecognised"
+
 // maxSilent is how many silent peers a NodeTunnel lists.
 const maxSilent = 64
 
@@ -40,7 +47,7 @@ func (e *encryption) tell(ctx context.Context, n node, r *plan.EncryptionResult)
 	if own == nil {
 		return changed, nil // it is there the next time
 	}
-	status := e.tunnelStatus(own, r)
+	status := e.tunnelStatus(own, r, n.facts.Encryption.Mismatch)
 	status.Exemptions = exemptions(n.facts.Encryption.Exempt)
 	status.PlainPackets = e.plainPackets(own.Status.PlainPackets, r.Strict)
 	e.announce(ctx, own, status.PlainPackets)
@@ -56,7 +63,7 @@ func (e *encryption) tell(ctx context.Context, n node, r *plan.EncryptionResult)
 
 // tunnelStatus is what this node sees. LastHandshakeTime stays as it was written first: it
 // is written on transitions only.
-func (e *encryption) tunnelStatus(own *v1alpha1.NodeTunnel, r *plan.EncryptionResult) v1alpha1.NodeTunnelStatus {
+func (e *encryption) tunnelStatus(own *v1alpha1.NodeTunnel, r *plan.EncryptionResult, mismatch string) v1alpha1.NodeTunnelStatus {
 	s := *own.Status.DeepCopy()
 	silent, last := e.silent(r)
 	s.ObservedGeneration = own.Generation
@@ -74,6 +81,8 @@ func (e *encryption) tunnelStatus(own *v1alpha1.NodeTunnel, r *plan.EncryptionRe
 	}
 	c := metav1.Condition{Type: "Ready", Status: metav1.ConditionTrue, Reason: "Connected", Message: "all other nodes answer", ObservedGeneration: own.Generation}
 	switch missing := r.Nodes - len(r.Peers); {
+	case mismatch != "": // others must not take this node for ready
+		c.Status, c.Reason, c.Message = metav1.ConditionFalse, reasonPodsUnknown, mismatch
 	case missing > 0:
 		c.Status, c.Reason, c.Message = metav1.ConditionFalse, "KeyMissing", fmt.Sprintf("%d of %d other nodes have no key yet", missing, r.Nodes)
 	case len(silent) > 0:
@@ -142,7 +151,12 @@ func (e *encryption) conditions(s *v1alpha1.NodeEncryptionStatus, n node, r *pla
 		}
 		meta.SetStatusCondition(&s.Conditions, c)
 	}
-	set(v1alpha1.ConditionAccepted, true, "Accepted", "")
+	refused := n.facts.Encryption.Refused
+	if refused == "" {
+		set(v1alpha1.ConditionAccepted, true, "Accepted", "")
+	} else {
+		set(v1alpha1.ConditionAccepted, false, reasonNetworkPlugin, refused)
+	}
 	var waits []string
 	for _, o := range n.model.Nodes {
 		if !slices.ContainsFunc(m.Nodes, func(t model.NodeTunnel) bool { return t.Name == o.Name && t.Ready }) {
@@ -153,9 +167,12 @@ func (e *encryption) conditions(s *v1alpha1.NodeEncryptionStatus, n node, r *pla
 	if len(waits) > 5 {
 		list += fmt.Sprintf(" and %d more", len(waits)-5)
 	}
-	if len(waits) == 0 {
+	switch {
+	case refused != "":
+		set("Ready", false, reasonNetworkPlugin, refused)
+	case len(waits) == 0:
 		set("Ready", true, "Connected", fmt.Sprintf("all %d nodes answer each other", len(n.model.Nodes)))
-	} else {
+	default:
 		set("Ready", false, "Waiting", fmt.Sprintf("%d of %d nodes are not ready: %s", len(waits), len(n.model.Nodes), list))
 	}
 	switch {
@@ -163,6 +180,8 @@ func (e *encryption) conditions(s *v1alpha1.NodeEncryptionStatus, n node, r *pla
 		set(model.ConditionEnforced, false, "Permissive", "what cannot be encrypted is sent as it is")
 	case m.Enforced || r.Enforce:
 		set(model.ConditionEnforced, true, "Strict", "what cannot be encrypted is dropped")
+	case refused != "":
+		set(model.ConditionEnforced, false, reasonNetworkPlugin, refused)
 	default:
 		set(model.ConditionEnforced, false, "Waiting", "Strict waits until every node is ready; until then what cannot be encrypted is sent as it is")
 	}

@@ -12,35 +12,32 @@ import (
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/culvert-vpn/culvert/internal/cilium"
 )
 
-// ciliumNamespace and ciliumConfig are where Cilium's own chart keeps its configuration;
-// it may be installed elsewhere, and is then not recognised.
-const (
-	ciliumNamespace = "kube-system"
-	ciliumConfig    = "cilium-config"
-)
-
-// examineCilium says what Cilium's settings mean for gateways; nothing without a Cilium.
+// examineCilium says what Cilium's settings mean for gateways and for the encryption between
+// nodes; nothing without a Cilium. One that is installed in another namespace is not recognised.
 func (c *connection) examineCilium(ctx context.Context, f *findings) {
 	var config corev1.ConfigMap
-	err := c.Get(ctx, client.ObjectKey{Namespace: ciliumNamespace, Name: ciliumConfig}, &config)
+	err := c.Get(ctx, client.ObjectKey{Namespace: cilium.ConfigNamespace, Name: cilium.ConfigName}, &config)
 	switch {
 	case apierrors.IsNotFound(err):
 		return
 	case err != nil:
-		f.add(findingNote, "Cilium", "ConfigMap %s/%s cannot be read, so that Cilium's settings are not looked at: %v", ciliumNamespace, ciliumConfig, err)
+		f.add(findingNote, "Cilium", "ConfigMap %s/%s cannot be read, so that Cilium's settings are not looked at: %v", cilium.ConfigNamespace, cilium.ConfigName, err)
 		return
 	}
-	f.add(findingOK, "Cilium", "version %s", c.ciliumVersion(ctx))
-	*f = append(*f, judgeCilium(config.Data, c.links(ctx))...)
+	version := c.ciliumVersion(ctx)
+	f.add(findingOK, "Cilium", "version %s", version)
+	*f = append(*f, judgeCilium(config.Data, version, c.links(ctx), c.encrypts(ctx))...)
 }
 
 // ciliumVersion is the tag of the agents' image.
 func (c *connection) ciliumVersion(ctx context.Context) string {
 	agents := &unstructured.Unstructured{}
 	agents.SetGroupVersionKind(schema.GroupVersionKind{Group: "apps", Version: "v1", Kind: "DaemonSet"})
-	if err := c.Get(ctx, client.ObjectKey{Namespace: ciliumNamespace, Name: "cilium"}, agents); err != nil {
+	if err := c.Get(ctx, client.ObjectKey{Namespace: cilium.ConfigNamespace, Name: "cilium"}, agents); err != nil {
 		return fmt.Sprintf("unknown (%v)", err)
 	}
 	containers, _, _ := unstructured.NestedSlice(agents.Object, "spec", "template", "spec", "containers")
@@ -73,16 +70,34 @@ func (c *connection) links(ctx context.Context) map[string]string {
 	return out
 }
 
-// judgeCilium says in a line each what works with a configuration of Cilium's, what does
-// not, and what to change. links are the gateways' node links.
-func judgeCilium(config, links map[string]string) findings {
-	var f findings
-	on := func(key string) bool { return config[key] == "true" || config[key] == "strict" }
-	routing := config["routing-mode"]
-	if routing == "" {
-		routing = "tunnel"
+// encrypts tells whether there is a NodeEncryption.
+func (c *connection) encrypts(ctx context.Context) bool {
+	e, err := c.encryption(ctx)
+	return err == nil && e != nil
+}
+
+// encryption says whether a NodeEncryption works with these settings, or would.
+func (f *findings) encryption(config cilium.Settings, there bool) {
+	switch why := config.RefusesEncryption(); {
+	case why != "" && there:
+		f.add(findingFail, "Cilium: NodeEncryption", "is refused: %s", why)
+	case why != "":
+		f.add(findingNote, "Cilium: NodeEncryption", "would be refused: %s", why)
+	case config.OverlayPort() != 0:
+		f.add(findingOK, "Cilium: NodeEncryption", "works in both scopes; what is encrypted are the packets of Cilium's tunnel (UDP %d)", config.OverlayPort())
+	default:
+		f.add(findingOK, "Cilium: NodeEncryption", "works in both scopes")
 	}
-	if config["tunnel"] == "disabled" {
+}
+
+// judgeCilium says in a line each what works with a configuration of Cilium's, what does
+// not, and what to change. links are the gateways' node links; encrypts tells whether there is a
+// NodeEncryption.
+func judgeCilium(config cilium.Settings, version string, links map[string]string, encrypts bool) findings {
+	var f findings
+	on := config.On
+	routing := "tunnel"
+	if config.Native() {
 		routing = "native"
 	}
 	f.add(findingOK, "Cilium: routing-mode", "%s: nodeLink Encapsulated and services Translate need nothing of it", routing)
@@ -96,18 +111,20 @@ func judgeCilium(config, links map[string]string) findings {
 	}
 	switch ipam := config["ipam"]; ipam {
 	case "kubernetes", "":
-		f.add(findingOK, "Cilium: ipam", "kubernetes: pods are in their nodes' spec.podCIDRs, as NodeEncryption Strict needs")
+		f.add(findingOK, "Cilium: ipam", "kubernetes: pods are in their nodes' spec.podCIDRs, as a NodeEncryption needs")
 	default:
-		f.add(findingNote, "Cilium: ipam", "%s: pods are not in their nodes' spec.podCIDRs: gateways work, NodeEncryption Strict waits; use Cilium's encryption, or ipam.mode=kubernetes in a new cluster", ipam)
+		f.add(findingNote, "Cilium: ipam", "%s: pods are not in their nodes' spec.podCIDRs: gateways work, a NodeEncryption is refused", ipam)
 	}
-	if on("enable-wireguard") || on("enable-ipsec") {
-		f.add(findingNote, "Cilium: encryption", "is on: do not create a NodeEncryption beside it, never both")
-	}
+	f.encryption(config, encrypts)
 	for _, name := range slices.Sorted(maps.Keys(links)) {
 		if links[name] != "CiliumEndpoint" {
 			continue
 		}
-		f.add(findingNote, "VPNGateway "+name, "nodeLink CiliumEndpoint: source verification must be lifted for its pod's endpoint, again after each restart of Cilium's agent before 1.20, and ipBlock policies do not see sites: Encapsulated needs neither")
+		if cilium.VerifiesSources(version) {
+			f.add(findingFail, "VPNGateway "+name, "nodeLink CiliumEndpoint does not work with Cilium %s, which drops what the gateway's pod sends with the addresses of sites, and before 1.20 has no annotation against that: set Encapsulated", version)
+		} else {
+			f.add(findingNote, "VPNGateway "+name, "nodeLink CiliumEndpoint: a cluster administrator must let the namespace lift source verification, ipBlock policies do not see sites, and it was not tried with agents that run: Encapsulated needs neither")
+		}
 		if routing == "tunnel" && !on("enable-endpoint-routes") {
 			f.add(findingNote, "Cilium: enable-endpoint-routes", "false: with nodeLink CiliumEndpoint the agent's routes are on-link ones to the pod's interface; nothing to change")
 		}

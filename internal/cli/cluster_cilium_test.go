@@ -8,6 +8,9 @@ import (
 func TestJudgeCilium(t *testing.T) {
 	for name, c := range map[string]struct {
 		config, links map[string]string
+		version       string
+		encrypts      bool
+		broken        bool
 		want          []string // one line has each, in this order
 	}{
 		"as the chart makes it": {
@@ -17,23 +20,34 @@ func TestJudgeCilium(t *testing.T) {
 		"Constellation 2.x": {
 			config: map[string]string{"tunnel": "disabled", "kube-proxy-replacement": "strict", "ipam": "kubernetes", "enable-wireguard": "true", "enable-cilium-endpoint-slice": "true"},
 			links:  map[string]string{"vpn/hq": ""},
-			want:   []string{"native: nodeLink", "true: services Translate works; Route would not", "ok Cilium: ipam", "note Cilium: encryption is on"},
+			want:   []string{"native: nodeLink", "true: services Translate works; Route would not", "ok Cilium: ipam", "note Cilium: NodeEncryption would be refused: Cilium encrypts"},
 		},
 		"sockets of hosts": {
 			config: map[string]string{"kube-proxy-replacement": "true", "bpf-lb-sock-hostns-only": "true"},
-			want:   []string{"true, sockets of hosts only"},
+			want:   []string{"true, sockets of hosts only", "ok Cilium: NodeEncryption works in both scopes; what is encrypted are the packets of Cilium's tunnel (UDP 8472)"},
+		},
+		"past the firewall": {
+			config:   map[string]string{"routing-mode": "native", "kube-proxy-replacement": "true", "enable-bpf-masquerade": "true"},
+			encrypts: true, broken: true,
+			want: []string{"FAIL Cilium: NodeEncryption is refused", "set bpf.hostLegacyRouting=true"},
+		},
+		"the endpoint's way before 1.20": {
+			version: "1.15.19", broken: true,
+			links: map[string]string{"vpn/edge": "CiliumEndpoint", "vpn/hq": "Encapsulated"},
+			want:  []string{"FAIL VPNGateway vpn/edge nodeLink CiliumEndpoint does not work with Cilium 1.15.19", "set Encapsulated"},
 		},
 		"the endpoint's way with slices": {
-			config: map[string]string{"enable-cilium-endpoint-slice": "true"},
-			links:  map[string]string{"vpn/hq": "CiliumEndpoint"},
-			want:   []string{"note VPNGateway vpn/hq", "note Cilium: enable-cilium-endpoint-slice"},
+			version: "1.20.2",
+			config:  map[string]string{"enable-cilium-endpoint-slice": "true"},
+			links:   map[string]string{"vpn/hq": "CiliumEndpoint"},
+			want:    []string{"note VPNGateway vpn/hq", "note Cilium: enable-cilium-endpoint-slice"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {
 			var text strings.Builder
-			for _, f := range judgeCilium(c.config, c.links) {
+			for _, f := range judgeCilium(c.config, c.version, c.links, c.encrypts) {
 				text.WriteString(f.Result + " " + f.Check + " " + f.Message + "\n")
-				if f.Result == findingFail {
+				if f.Result == findingFail && !c.broken {
 					t.Errorf("%s is called broken: %s", f.Check, f.Message)
 				}
 			}

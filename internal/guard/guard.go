@@ -12,6 +12,7 @@
 //	in_pods      arrived in the clear with a pod's or site's source
 //	in_nodes     arrived in the clear from a node for a pod
 //	in_hosts     arrived in the clear from a node for a node (scope All)
+//	in_overlay   a packet of the network plugin's overlay that arrived in the clear
 //	in_unknown   for what is attached to a pod's link, to an address that is no pod's
 //	out_pods     would have left in the clear for a pod or site
 //	out_nodes    would have left in the clear from a pod for a node
@@ -47,6 +48,7 @@ var meanings = map[string]string{
 	"in_pods":     "arrived in the clear with a pod's or site's source",
 	"in_nodes":    "arrived in the clear from a node for a pod",
 	"in_hosts":    "arrived in the clear from a node for a node",
+	"in_overlay":  "arrived in the clear in a packet of the overlay network",
 	"in_unknown":  "for a pod's link, to an address that is no pod's",
 	"out_pods":    "in the clear for a pod or site of another node",
 	"out_nodes":   "in the clear from a pod for another node",

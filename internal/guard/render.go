@@ -23,7 +23,7 @@ const (
 )
 
 // kinds are what is dropped, see the package's comment.
-var kinds = []string{"in_pods", "in_nodes", "in_hosts", "in_unknown", "out_pods", "out_nodes", "out_overlay", "out_hosts", "out_unknown"}
+var kinds = []string{"in_pods", "in_nodes", "in_hosts", "in_overlay", "in_unknown", "out_pods", "out_nodes", "out_overlay", "out_hosts", "out_unknown"}
 
 // seenFor is how long a pair of addresses stays in the list of what was dropped.
 const seenFor = "10m"
@@ -166,8 +166,12 @@ func mark(value uint32) string {
 	return fmt.Sprintf("meta mark set meta mark & %#x | %#x", ^uint32(netstate.MarkMask), value)
 }
 
+// ciliumHost is what Cilium's rules put into bits 8 to 11 of all that the host itself sends.
+const ciliumHost = 0x00000c00
+
+// marked is also a packet that Cilium has marked as the host's own on its way out.
 func marked(value uint32) string {
-	return fmt.Sprintf("meta mark & %#x == %#x", uint32(netstate.MarkMask), value)
+	return fmt.Sprintf("meta mark & %#x == { %#x, %#x }", uint32(netstate.MarkNodeMask), value, value|ciliumHost)
 }
 
 // passing are what is between neighbours, and never more than that.
@@ -206,6 +210,9 @@ func (t *table) incoming(g *netstate.Guard, patterns []string) {
 		"{ip} saddr @pods{n} goto in_pods",
 		"{ip} saddr @sites{n} goto in_pods",
 		"{ip} saddr @nodes{n} {ip} daddr @pods{n} goto in_nodes")...)
+	if g.Overlay != 0 {
+		rules = append(rules, fmt.Sprintf("udp dport %d fib daddr type local goto in_overlay", g.Overlay))
+	}
 	if g.AllTraffic {
 		rules = append(rules, each("{ip} saddr @nodes{n} {ip} daddr @nodes{n} goto in_hosts")...)
 	}
@@ -248,6 +255,9 @@ func (t *table) outgoing(g *netstate.Guard, patterns []string) {
 		"ct original {ip} saddr @pods{n} ct direction original {ip} daddr @nodes{n} goto out_nodes",
 		"{ip} daddr @nodes{n} udp dport { 4789, 6081, 8472 } goto out_overlay",
 		"{ip} daddr @nodes{n} meta l4proto { 4, 41, 47 } goto out_overlay")...)
+	if g.Overlay != 0 {
+		rules = append(rules, each(fmt.Sprintf("{ip} daddr @nodes{n} udp dport %d goto out_overlay", g.Overlay))...)
+	}
 	if g.AllTraffic {
 		rules = append(rules, each("{ip} daddr @nodes{n} goto out_hosts")...)
 	}

@@ -27,6 +27,11 @@ const (
 // MarkExempt is on packets between nodes that are let out, and in, as they are.
 const MarkExempt = 0x00c30000
 
+// MarkNodeMask are the bits in which a packet on a node must be like MarkOuter or MarkExempt to
+// be what they say. Cilium writes the number of a pod's identity over the bits of MarkMask, any
+// number, and then says so in the bits 8 to 11, which are 0 when a packet of ours is routed.
+const MarkNodeMask = MarkMask | 0x00000f00
+
 // Guard keeps plain packets of a cluster off the network between its nodes. What is to be
 // encrypted leaves and arrives by Link; on all other links that lead out of the node,
 // dropped is
@@ -47,6 +52,9 @@ type Guard struct {
 	Nodes       []netip.Addr   // addresses of all nodes, this one's too
 	Pods, Sites []netip.Prefix // of the whole cluster
 	AllTraffic  bool
+	// Overlay is the UDP port of the network plugin's overlay, whose packets pass by Link only: on
+	// other links they are dropped when they arrive, whoever sent them. 0: nothing is known of one.
+	Overlay uint16
 	// Strict drops; otherwise what would be dropped is counted only.
 	Strict bool
 	Exempt []Exemption
@@ -97,6 +105,9 @@ func (g *Guard) lines() []string {
 		if l.text != "" {
 			out = append(out, "guard "+l.name+l.text)
 		}
+	}
+	if g.Overlay != 0 {
+		out = append(out, fmt.Sprintf("guard overlay udp %d", g.Overlay))
 	}
 	for _, e := range g.Exempt {
 		out = append(out, "guard exempt "+e.String())

@@ -68,6 +68,7 @@ func TestEveryChangeShows(t *testing.T) {
 		"guard's link":   func(s *State) { s.Firewall.NodeLink.Link = "x" },
 		"unmasqueraded":  func(s *State) { s.Firewall.Unmasqueraded = s.Firewall.Pods },
 		"rule forwarded": func(s *State) { s.Rules[0].Forwarded = true },
+		"rule port":      func(s *State) { s.Rules[0].UDPPort = 8472 },
 		"route on-link":  func(s *State) { s.Routes[0].OnLink = true },
 		"wg public key":  func(s *State) { s.WireGuard[0].PublicKey[0]++ },
 		"wg port":        func(s *State) { s.WireGuard[0].ListenPort++ },

@@ -88,7 +88,7 @@ func (s *State) Sort() {
 		slices.SortFunc(s.IPsec.Connections, func(a, b IPsecConnection) int { return cmp.Compare(a.Name, b.Name) })
 	}
 	slices.SortFunc(s.Rules, func(a, b Rule) int {
-		return cmp.Or(cmp.Compare(a.Family, b.Family), cmp.Compare(a.Priority, b.Priority), cmp.Compare(a.Mark, b.Mark))
+		return cmp.Or(cmp.Compare(a.Family, b.Family), cmp.Compare(a.Priority, b.Priority), cmp.Compare(a.Mark, b.Mark), cmp.Compare(a.UDPPort, b.UDPPort))
 	})
 	slices.SortFunc(s.Routes, func(a, b Route) int {
 		return cmp.Or(cmp.Compare(a.Table, b.Table), ComparePrefixes(a.Destination, b.Destination),
@@ -162,6 +162,9 @@ func (s State) Lines() []string {
 		}
 		if r.Forwarded {
 			mark += " forwarded"
+		}
+		if r.UDPPort != 0 {
+			mark += fmt.Sprintf(" udp %d", r.UDPPort)
 		}
 		add("rule ipv%d priority %d%s lookup %d", r.Family, r.Priority, mark, r.Table)
 	}

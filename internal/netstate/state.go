@@ -227,7 +227,10 @@ type Rule struct {
 	// Forwarded limits the rule to packets that came in over a link: those of the host's
 	// own processes, and reverse-path lookups, do not match.
 	Forwarded bool
-	Table     int
+	// UDPPort limits the rule to UDP packets for this port; 0: any packets. With it neither Mark
+	// nor Forwarded.
+	UDPPort uint16
+	Table   int
 }
 
 // Family is an address family.

@@ -49,6 +49,15 @@ type EncryptionFacts struct {
 	// Mismatch says why plain packets cannot be told from others on this node: a pod with
 	// an address that is in no range. Empty: they can.
 	Mismatch string
+	// Refused says why nothing can be promised beside the cluster's network plugin, the same on
+	// all nodes. Empty: it can.
+	Refused string
+	// Overlay is the UDP port of the network plugin's overlay, by which it carries pods' packets
+	// past the routes; 0: it has none.
+	Overlay uint16
+	// Loose are the links to check the reverse path loosely on, where that must not be said of all:
+	// Cilium's for pods have no addresses, and the kernel then drops whatever comes by them.
+	Loose []string
 }
 
 // EncryptionResult is what follows for a node from a NodeEncryption beside the state.
@@ -129,13 +138,17 @@ func (p *encryptionPlanner) enforcement() {
 			missing = append(missing, n.Name+" (not all others answer it)")
 		}
 	}
+	why := p.facts.Refused
+	if why == "" {
+		why = p.facts.Mismatch
+	}
 	switch {
-	case len(missing) == 0 && p.facts.Mismatch == "":
+	case len(missing) == 0 && why == "":
 		p.out.Enforce = true
 		p.out.Strict = true
 	case p.out.Strict:
-	case p.facts.Mismatch != "":
-		p.waits(EncryptionName, "Strict waits: "+p.facts.Mismatch)
+	case why != "":
+		p.waits(EncryptionName, "Strict waits: "+why)
 	default:
 		p.waits(EncryptionName, fmt.Sprintf("Strict waits for %s", strings.Join(missing, ", ")))
 	}
@@ -295,10 +308,22 @@ func (p *encryptionPlanner) link() {
 	s.Firewall.Clamps = append(s.Firewall.Clamps, netstate.Clamp{Link: l.Name, MSS4: uint16(mtu - 40), MSS6: uint16(mtu - 60)})
 	// Nodes answer by the link although the kernel would send to them by another one: the
 	// check of the reverse path knows no marks, and ARP has none.
-	s.Sysctls = append(s.Sysctls, looseReversePath, netstate.Sysctl{Path: "net/ipv4/ip_forward", Value: "1"})
+	s.Sysctls = append(s.Sysctls, p.loose()...)
+	s.Sysctls = append(s.Sysctls, netstate.Sysctl{Path: "net/ipv4/ip_forward", Value: "1"})
 	if slices.Contains(p.families, netstate.IPv6) {
 		s.Sysctls = append(s.Sysctls, netstate.Sysctl{Path: "net/ipv6/conf/all/forwarding", Value: "1"})
 	}
+}
+
+func (p *encryptionPlanner) loose() []netstate.Sysctl {
+	if len(p.facts.Loose) == 0 {
+		return []netstate.Sysctl{looseReversePath}
+	}
+	var out []netstate.Sysctl
+	for _, l := range p.facts.Loose {
+		out = append(out, netstate.Sysctl{Path: "net/ipv4/conf/" + l + "/rp_filter", Value: looseReversePath.Value})
+	}
+	return out
 }
 
 // insideOf makes the node link fit into the encrypted one, by which it reaches pods of other
@@ -355,17 +380,21 @@ func (p *encryptionPlanner) encryptionRules() {
 			continue
 		}
 		p.nodePlanner.out.State.Rules = append(p.nodePlanner.out.State.Rules,
-			netstate.Rule{Family: f, Priority: netstate.RulePriorityOuter, Mark: netstate.MarkOuter, MarkMask: netstate.MarkMask, Table: mainTable},
-			netstate.Rule{Family: f, Priority: netstate.RulePriorityExempt, Mark: netstate.MarkExempt, MarkMask: netstate.MarkMask, Table: mainTable},
+			netstate.Rule{Family: f, Priority: netstate.RulePriorityOuter, Mark: netstate.MarkOuter, MarkMask: netstate.MarkNodeMask, Table: mainTable},
+			netstate.Rule{Family: f, Priority: netstate.RulePriorityExempt, Mark: netstate.MarkExempt, MarkMask: netstate.MarkNodeMask, Table: mainTable},
 			netstate.Rule{Family: f, Priority: netstate.RulePriorityPodsToNodes, Forwarded: true, Table: netstate.ForwardedTable},
 			netstate.Rule{Family: f, Priority: netstate.RulePriorityBetweenNodes, Table: netstate.EncryptionTable})
+		if p.facts.Overlay != 0 && !p.e.AllTraffic { // otherwise it goes there with all the rest
+			p.nodePlanner.out.State.Rules = append(p.nodePlanner.out.State.Rules,
+				netstate.Rule{Family: f, Priority: netstate.RulePriorityPodsToNodes, UDPPort: p.facts.Overlay, Table: netstate.ForwardedTable})
+		}
 	}
 }
 
 func (p *encryptionPlanner) guard() {
 	g := &netstate.Guard{
 		Link: netstate.EncryptionLink, Port: p.e.Port, Local: slices.Clone(p.facts.Local), Pods: p.pods,
-		AllTraffic: p.e.AllTraffic, Strict: p.out.Strict, Exempt: slices.Clone(p.facts.Exempt),
+		Overlay: p.facts.Overlay, AllTraffic: p.e.AllTraffic, Strict: p.out.Strict, Exempt: slices.Clone(p.facts.Exempt),
 	}
 	for _, n := range append(slices.Clone(p.m.Nodes), p.own) {
 		g.Nodes = append(g.Nodes, n.Addresses...)

@@ -53,6 +53,10 @@ func TestStrictWaitsForAllButIsNeverTakenBack(t *testing.T) {
 			m.NodeEncryption.Strict, m.NodeEncryption.Enforced, f.Enforced = false, true, true
 		}, false, ""},
 		{"pods are not recognised", func(_ *model.Model, f *EncryptionFacts) { f.Mismatch = "10.9.9.9/32 is in no range" }, false, "10.9.9.9/32"},
+		{"the network plugin goes past the guard", func(_ *model.Model, f *EncryptionFacts) { f.Refused = "Cilium's own is on" }, false, "Cilium's own"},
+		{"refused, but the cluster is strict", func(m *model.Model, f *EncryptionFacts) {
+			f.Refused, m.NodeEncryption.Enforced = "Cilium's own is on", true
+		}, true, ""},
 	} {
 		m := encrypted(3)
 		f := NodeFacts{Node: m.Nodes[0]}
@@ -66,6 +70,37 @@ func TestStrictWaitsForAllButIsNeverTakenBack(t *testing.T) {
 		}
 		if un := lines(r, "route unreachable"); (len(un) > 0) != c.strict {
 			t.Errorf("%s: unreachable routes %v, strict %v", c.name, un, c.strict)
+		}
+	}
+}
+
+// What a network plugin wraps goes the way of pods with scope Pods, too, and is taken from there only.
+func TestOverlayOfTheNetworkPlugin(t *testing.T) {
+	for _, all := range []bool{false, true} {
+		m := encrypted(2)
+		m.NodeEncryption.AllTraffic = all
+		r := Node(m, NodeFacts{Node: m.Nodes[0], Encryption: EncryptionFacts{Overlay: 8472}})
+		if got := lines(r, "rule ipv4 priority 19631 udp 8472 lookup 19631"); (len(got) == 1) == all {
+			t.Errorf("all traffic %v: %q", all, lines(r, "rule"))
+		}
+		if got := lines(r, "guard overlay udp 8472"); len(got) != 1 {
+			t.Errorf("all traffic %v: %q", all, lines(r, "guard"))
+		}
+	}
+}
+
+// Where pods' links have no addresses the reverse path is checked loosely on the others only.
+func TestLooseLinks(t *testing.T) {
+	for _, c := range []struct {
+		loose, want []string
+	}{
+		{nil, []string{"sysctl net/ipv4/conf/all/rp_filter=2"}},
+		{[]string{"cvtnode0", "eth0"}, []string{"sysctl net/ipv4/conf/cvtnode0/rp_filter=2", "sysctl net/ipv4/conf/eth0/rp_filter=2"}},
+	} {
+		m := encrypted(2)
+		got := lines(Node(m, NodeFacts{Node: m.Nodes[0], Encryption: EncryptionFacts{Loose: c.loose}}), "sysctl net/ipv4/conf/")
+		if !slices.Equal(got, c.want) {
+			t.Errorf("loose %v: %q, want %q", c.loose, got, c.want)
 		}
 	}
 }

@@ -63,6 +63,8 @@ func (r *Route) addRule(w netstate.Rule) error {
 		return fmt.Errorf("%s: unknown address family", describeRule(w))
 	case w.Forwarded && (w.Mark != 0 || w.MarkMask != 0):
 		return fmt.Errorf("%s: selects by mark and by being forwarded; one of them is possible", describeRule(w))
+	case w.UDPPort != 0 && (w.Forwarded || w.Mark != 0 || w.MarkMask != 0):
+		return fmt.Errorf("%s: selects by port and by something else; one of them is possible", describeRule(w))
 	case w.Priority < r.options.MinPriority || w.Priority > r.options.MaxPriority:
 		return fmt.Errorf("%s: the priority is not one of ours (%d to %d)", describeRule(w), r.options.MinPriority, r.options.MaxPriority)
 	}
@@ -77,6 +79,9 @@ func (r *Route) addRule(w netstate.Rule) error {
 	}
 	if w.Forwarded {
 		k.IifName, k.Invert = "lo", true // what the host sends itself counts as coming from lo
+	}
+	if w.UDPPort != 0 {
+		k.IPProto, k.Dport = unix.IPPROTO_UDP, netlink.NewRulePortRange(w.UDPPort, w.UDPPort)
 	}
 	if err := r.h.RuleAdd(k); err != nil {
 		return fmt.Errorf("add %s: %w", describeRule(w), err)
@@ -117,17 +122,25 @@ func observedRule(k netlink.Rule) netstate.Rule {
 		o.MarkMask = *k.Mask
 	}
 	o.Forwarded = forwarded(k)
+	if ported(k) {
+		o.UDPPort = k.Dport.Start
+	}
 	return o
+}
+
+// ported tells whether a rule selects UDP packets for one port.
+func ported(k netlink.Rule) bool {
+	return k.IPProto == unix.IPPROTO_UDP && k.Dport != nil && k.Dport.Start == k.Dport.End && k.Mark == 0 && k.IifName == ""
 }
 
 // forwarded tells whether a rule selects packets that came in over a link.
 func forwarded(k netlink.Rule) bool { return k.IifName == "lo" && k.Invert && k.Mark == 0 }
 
 // plain tells whether a rule selects by nothing but the mark or, instead, by being
-// forwarded, as all of ours do.
+// forwarded or by a UDP port, as all of ours do.
 func plain(k netlink.Rule) bool {
 	return k.Src == nil && k.Dst == nil && (forwarded(k) || k.IifName == "" && !k.Invert) && k.OifName == "" && k.Tos == 0 && k.TunID == 0 &&
-		k.IPProto == 0 && k.Sport == nil && k.Dport == nil && k.UIDRange == nil &&
+		(ported(k) || k.IPProto == 0 && k.Dport == nil) && k.Sport == nil && k.UIDRange == nil &&
 		k.SuppressPrefixlen < 0 && k.SuppressIfgroup < 0 && k.Goto < 0
 }
 
@@ -135,6 +148,9 @@ func describeRule(x netstate.Rule) string {
 	what := ""
 	if x.Forwarded {
 		what = " forwarded"
+	}
+	if x.UDPPort != 0 {
+		what += fmt.Sprintf(" udp %d", x.UDPPort)
 	}
 	return fmt.Sprintf("rule ipv%d priority %d fwmark %#x/%#x%s lookup %d", x.Family, x.Priority, x.Mark, x.MarkMask, what, x.Table)
 }

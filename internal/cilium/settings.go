@@ -1,0 +1,73 @@
+package cilium
+
+import (
+	"fmt"
+	"strconv"
+	"strings"
+)
+
+// Where Cilium's own chart keeps its configuration.
+const (
+	ConfigNamespace = "kube-system"
+	ConfigName      = "cilium-config"
+)
+
+// Settings are the data of Cilium's ConfigMap: options of its agents, by name.
+type Settings map[string]string
+
+// On tells whether an option is on; "strict" is what kube-proxy-replacement was before 1.14.
+func (s Settings) On(option string) bool { return s[option] == "true" || s[option] == "strict" }
+
+// Native tells whether pods' packets travel between nodes as they are, and not in an overlay.
+func (s Settings) Native() bool { return s["routing-mode"] == "native" || s["tunnel"] == "disabled" }
+
+// OverlayPort is the UDP port by which pods' packets travel between nodes; 0: they travel as
+// they are.
+func (s Settings) OverlayPort() uint16 {
+	if s.Native() {
+		return 0
+	}
+	if port, err := strconv.ParseUint(s["tunnel-port"], 10, 16); err == nil && port != 0 {
+		return uint16(port)
+	}
+	if s["tunnel-protocol"] == "geneve" || s["tunnel"] == "geneve" {
+		return 6081
+	}
+	return 8472
+}
+
+// RefusesEncryption says in one line why a NodeEncryption cannot keep its promise beside a
+// Cilium with these settings, and what to do; empty: it can. What was tried, and what is
+// refused because it was not, stands in docs/install-cilium.md.
+func (s Settings) RefusesEncryption() string {
+	switch {
+	case s.On("enable-wireguard") || s.On("enable-ipsec"):
+		return "Cilium encrypts between nodes itself (encryption.enabled): delete the NodeEncryption, or turn Cilium's off"
+	case s["ipam"] != "" && s["ipam"] != "kubernetes":
+		return fmt.Sprintf("Cilium gives pods addresses that are not in their nodes' spec.podCIDRs (ipam.mode=%s): use Cilium's own encryption, or ipam.mode=kubernetes in a new cluster", s["ipam"])
+	case s["bpf-lb-acceleration"] != "" && s["bpf-lb-acceleration"] != "disabled":
+		return fmt.Sprintf("Cilium forwards for services before the kernel's firewall sees it (loadBalancer.acceleration=%s): set it to disabled", s["bpf-lb-acceleration"])
+	case s.On("kube-proxy-replacement") && s.On("enable-bpf-masquerade") && !s.On("enable-host-legacy-routing"):
+		return "Cilium sends pods' packets to the network card past the kernel's firewall (bpf.masquerade with kubeProxyReplacement): set bpf.hostLegacyRouting=true"
+	}
+	return ""
+}
+
+// RefusesChain says in one line why no plug-in of ours can stand behind Cilium's, and what to do;
+// empty: it can.
+func (s Settings) RefusesChain() string {
+	if !s.On("cni-exclusive") {
+		return ""
+	}
+	return "Cilium removes network configurations of others (cni.exclusive), so that pods of a booting node do not wait for its guard: set cni.exclusive=false"
+}
+
+// VerifiesSources tells whether agents of a version ("1.15.19") drop whatever a pod sends with an
+// address that is not its own, and cannot be told by an annotation not to: those before 1.20. Of
+// a version that is none of Cilium's nothing is known.
+func VerifiesSources(version string) bool {
+	major, rest, _ := strings.Cut(version, ".")
+	minor, _, _ := strings.Cut(rest, ".")
+	n, err := strconv.Atoi(minor)
+	return major == "1" && err == nil && n < 20
+}

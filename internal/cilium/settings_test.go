@@ -1,0 +1,56 @@
+package cilium
+
+import (
+	"strings"
+	"testing"
+)
+
+func TestEncryptionBesideSettings(t *testing.T) {
+	for name, c := range map[string]struct {
+		settings Settings
+		overlay  uint16
+		refused  string // the reason has it; empty: not refused
+	}{
+		"none":                     {nil, 8472, ""},
+		"tunnel":                   {Settings{"routing-mode": "tunnel", "tunnel-protocol": "vxlan", "ipam": "kubernetes"}, 8472, ""},
+		"Geneve":                   {Settings{"tunnel-protocol": "geneve"}, 6081, ""},
+		"a port of its own":        {Settings{"tunnel-protocol": "geneve", "tunnel-port": "7000"}, 7000, ""},
+		"before 1.14":              {Settings{"tunnel": "geneve", "kube-proxy-replacement": "strict"}, 6081, ""},
+		"native before 1.14":       {Settings{"tunnel": "disabled"}, 0, ""},
+		"native":                   {Settings{"routing-mode": "native", "tunnel-protocol": "vxlan"}, 0, ""},
+		"WireGuard":                {Settings{"enable-wireguard": "true"}, 8472, "encryption.enabled"},
+		"IPsec":                    {Settings{"enable-ipsec": "true"}, 8472, "encryption.enabled"},
+		"cluster pool":             {Settings{"ipam": "cluster-pool"}, 8472, "ipam.mode=cluster-pool"},
+		"XDP":                      {Settings{"bpf-lb-acceleration": "native"}, 8472, "loadBalancer.acceleration=native"},
+		"no XDP":                   {Settings{"bpf-lb-acceleration": "disabled"}, 8472, ""},
+		"past the stack":           {Settings{"kube-proxy-replacement": "true", "enable-bpf-masquerade": "true"}, 8472, "bpf.hostLegacyRouting=true"},
+		"by the stack":             {Settings{"kube-proxy-replacement": "true", "enable-bpf-masquerade": "true", "enable-host-legacy-routing": "true"}, 8472, ""},
+		"masquerade by kube-proxy": {Settings{"kube-proxy-replacement": "false", "enable-bpf-masquerade": "true"}, 8472, ""},
+	} {
+		if got := c.settings.OverlayPort(); got != c.overlay {
+			t.Errorf("%s: overlay at UDP %d, want %d", name, got, c.overlay)
+		}
+		if why := c.settings.RefusesEncryption(); !strings.Contains(why, c.refused) || (why == "") != (c.refused == "") {
+			t.Errorf("%s: refused %q, want %q", name, why, c.refused)
+		}
+	}
+}
+
+func TestVerifiesSources(t *testing.T) {
+	for version, want := range map[string]bool{"1.15.19": true, "1.19.0-rc.1": true, "1.20.2": false, "2.1.0": false, "unknown (no tag)": false, "": false} {
+		if got := VerifiesSources(version); got != want {
+			t.Errorf("version %q: %v, want %v", version, got, want)
+		}
+	}
+}
+
+func TestRefusesChain(t *testing.T) {
+	if why := (Settings{"cni-exclusive": "true"}).RefusesChain(); !strings.Contains(why, "cni.exclusive=false") {
+		t.Errorf("exclusive: %q", why)
+	}
+	for _, s := range []Settings{nil, {"cni-exclusive": "false"}} {
+		if why := s.RefusesChain(); why != "" {
+			t.Errorf("%v: %q", s, why)
+		}
+	}
+}

@@ -1,0 +1,95 @@
+package guard
+
+import (
+	"fmt"
+	"net"
+	"syscall"
+	"testing"
+
+	"github.com/culvert-vpn/culvert/internal/lab/labtest"
+	"github.com/culvert-vpn/culvert/internal/netstate"
+)
+
+// Cilium writes a pod's identity into the mark of what it sends: one whose number looks like a
+// mark of ours must not open the guard.
+func TestMarksOfOthers(t *testing.T) {
+	h, x := open(t, "")
+	if err := h.Up("lo", "10.9.9.9/32"); err != nil {
+		t.Fatal(err)
+	}
+	h.IP("link", "add", "eth0", "type", "bridge")
+	h.IP("link", "set", "eth0", "up")
+	h.IP("route", "add", "10.244.0.0/16", "dev", "eth0", "src", "10.9.9.9")
+	h.IP("neigh", "add", "10.244.7.7", "lladdr", "02:00:00:00:00:01", "dev", "eth0")
+	set(t, h, x, example(2))
+	want := uint64(0)
+	for _, c := range []struct {
+		mark    int
+		dropped bool
+	}{
+		{netstate.MarkExempt, false},
+		{netstate.MarkExempt | 0x4000, false}, // of kube-proxy
+		{netstate.MarkExempt | ciliumHost, false},
+		{netstate.MarkExempt | 0x30000f00, true},
+		{netstate.MarkExempt | 0xff000200, true},
+		{0, true},
+	} {
+		if c.dropped {
+			want++
+		}
+		h.Do(func() error {
+			d := net.Dialer{Control: func(_, _ string, raw syscall.RawConn) (err error) {
+				_ = raw.Control(func(fd uintptr) { err = syscall.SetsockoptInt(int(fd), syscall.SOL_SOCKET, syscall.SO_MARK, c.mark) })
+				return err
+			}}
+			conn, err := d.Dial("udp", "10.244.7.7:9")
+			if err != nil {
+				return err
+			}
+			_, _ = conn.Write([]byte("x"))
+			return conn.Close()
+		})
+		if n := counted(t, h, x, "out_pods"); n != want {
+			t.Errorf("after a packet with the mark %#x %d are dropped, want %d", c.mark, n, want)
+		}
+	}
+}
+
+// An overlay's packets that come from the wire are dropped, whoever sends them.
+func TestOverlayFromTheWire(t *testing.T) {
+	labtest.Require(t, "nft")
+	lab := labtest.New(t)
+	h, stranger := lab.Host("node"), lab.Host("stranger")
+	var x *Guard
+	h.Do(func() (err error) { x, err = New(Options{}); return err })
+	lab.Connect(stranger, "eth0", "172.31.0.66/24", h, "eth0", "172.31.0.1/24")
+	g := example(2)
+	for i, port := range []uint16{0, 8472} {
+		g.Overlay = port
+		set(t, h, x, g)
+		stranger.Do(func() error {
+			for _, to := range []int{8472, 8473} {
+				c, err := net.Dial("udp", fmt.Sprintf("172.31.0.1:%d", to))
+				if err != nil {
+					return err
+				}
+				_, _ = c.Write([]byte("x"))
+				_ = c.Close()
+			}
+			return nil
+		})
+		if n := counted(t, h, x, "in_overlay"); n != uint64(i) {
+			t.Errorf("overlay at UDP %d: %d packets are dropped, want %d", port, n, i)
+		}
+	}
+}
+
+func counted(t *testing.T, h *labtest.Host, x *Guard, kind string) (n uint64) {
+	t.Helper()
+	h.Do(func() error {
+		o, err := x.Observe()
+		n = o.Dropped[kind]
+		return err
+	})
+	return n
+}
