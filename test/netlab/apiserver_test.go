@@ -30,6 +30,7 @@ func dualStack(yaml string) string {
 // missing is told in conditions; services follow their EndpointSlices. It is killed, the
 // API server is killed, and no tunnel minds.
 func TestGatewayOfAnAPIServer(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	a := newAPIServer(t, n)
 	g := newGateway(t, n.gateway)

@@ -14,6 +14,7 @@ import (
 // A device that is removed, suspended or expired is silent within 5 s, in both
 // directions, and is let in again when that is undone (FAULTS 11).
 func TestDevicesAreLockedOut(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	g := newGateway(t, n.gateway)
 	g.write("gateway.yaml", gatewayYAML())

@@ -51,6 +51,7 @@ func TestUnderlayMTU(t *testing.T) {
 			name += " beyond 1500"
 		}
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			n := newNetworkMTU(t, x.mtu)
 			if x.hidden {
 				n.internet.IP("link", "set", "gateway", "mtu", "1500")

@@ -155,6 +155,7 @@ func TestTwoGatewaysEvenOdd(t *testing.T) {
 // gateway. Whoever asks by one is answered through that tunnel, whichever one the remote
 // cluster prefers, and both ways in work at once.
 func TestTwoPools(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	n.behind(pool)
 	a, b := newGateway(t, n.gateway), newGateway(t, n.secondGateway(pool2))

@@ -166,6 +166,7 @@ func TestKeepOnStop(t *testing.T) {
 // What is in effect is not touched again: not by the resync, not when files are written
 // anew with the same content, not by a restart.
 func TestSecondApplyIsEmpty(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	g := newGateway(t, n.gateway)
 	g.write("gateway.yaml", gatewayYAML())

@@ -80,6 +80,7 @@ func (n *network) remoteCluster(hosting *gateway, name string) *remote {
 // that lie behind NAT, dial in and have the very same ranges (also the one for clusters
 // that they host themselves), each by an address of the pool, which the gateway allocates.
 func TestReversedByWireGuard(t *testing.T) {
+	t.Parallel()
 	n := newNetwork(t)
 	n.behind(pool)
 	hosting := newGateway(t, n.gateway)

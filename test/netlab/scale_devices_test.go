@@ -48,6 +48,7 @@ func TestScaleStart(t *testing.T) {
 func TestScaleIdle(t *testing.T) {
 	for _, b := range deviceBounds {
 		t.Run(fmt.Sprintf("%d devices", b.devices), func(t *testing.T) {
+			t.Parallel() // both are silent
 			n := newScaleNet(t)
 			g := newGateway(t, n.gateway)
 			g.write("gateway.yaml", scaleGateway())

@@ -92,6 +92,12 @@ func Decisive(ratios []float64, better func(a, b float64) bool) float64 {
 	return sorted[0]
 }
 
+// Settled says that further rounds cannot change what Decisive says: the best one counts, and has
+// reached want already. It is false where the goal itself is asked for, and without a round.
+func Settled(ratios []float64, want float64, better func(a, b float64) bool) bool {
+	return os.Getenv("CULVERT_GOALS") == "" && len(ratios) > 0 && !better(want, Decisive(ratios, better))
+}
+
 // Host makes a namespace.
 func (l *Lab) Host(name string) *Host {
 	l.t.Helper()
