@@ -231,6 +231,12 @@ func TestStandalone(t *testing.T) {
 	})
 	t.Run("restart without the invitation", func(t *testing.T) {
 		_ = syscall.Kill(-spoke.Process.Pid, syscall.SIGKILL)
+		labtest.Eventually(t, 10*time.Second, "its ports are free", func() error {
+			if err := syscall.Kill(spoke.Process.Pid, 0); !errors.Is(err, syscall.ESRCH) {
+				return fmt.Errorf("it is still there: %w", err)
+			}
+			return nil
+		})
 		s.start(s.remote, "spoke", "--state", s.path("spoke"))
 		labtest.Eventually(t, 10*time.Second, "the spoke is back", works)
 	})
