@@ -49,6 +49,8 @@ func (s Settings) RefusesEncryption() string {
 		return fmt.Sprintf("Cilium forwards for services before the kernel's firewall sees it (loadBalancer.acceleration=%s): set it to disabled", s["bpf-lb-acceleration"])
 	case s.On("kube-proxy-replacement") && s.On("enable-bpf-masquerade") && !s.On("enable-host-legacy-routing"):
 		return "Cilium sends pods' packets to the network card past the kernel's firewall (bpf.masquerade with kubeProxyReplacement): set bpf.hostLegacyRouting=true"
+	case s.On("kube-proxy-replacement") && s.Native():
+		return "Cilium in the place of kube-proxy, with native routing, forwards node ports past the kernel's firewall, and does not see the answers that come by the encrypted link: set routingMode=tunnel, or kubeProxyReplacement=false"
 	}
 	return ""
 }
