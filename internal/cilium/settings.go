@@ -45,12 +45,8 @@ func (s Settings) RefusesEncryption() string {
 		return "Cilium encrypts between nodes itself (encryption.enabled): delete the NodeEncryption, or turn Cilium's off"
 	case s["ipam"] != "" && s["ipam"] != "kubernetes":
 		return fmt.Sprintf("Cilium gives pods addresses that are not in their nodes' spec.podCIDRs (ipam.mode=%s): use Cilium's own encryption, or ipam.mode=kubernetes in a new cluster", s["ipam"])
-	case s["bpf-lb-acceleration"] != "" && s["bpf-lb-acceleration"] != "disabled":
-		return fmt.Sprintf("Cilium forwards for services before the kernel's firewall sees it (loadBalancer.acceleration=%s): set it to disabled", s["bpf-lb-acceleration"])
-	case s.On("kube-proxy-replacement") && s.On("enable-bpf-masquerade") && !s.On("enable-host-legacy-routing"):
-		return "Cilium sends pods' packets to the network card past the kernel's firewall (bpf.masquerade with kubeProxyReplacement): set bpf.hostLegacyRouting=true"
-	case s.On("kube-proxy-replacement") && s.Native():
-		return "Cilium in the place of kube-proxy, with native routing, forwards node ports past the kernel's firewall, and does not see the answers that come by the encrypted link: set routingMode=tunnel, or kubeProxyReplacement=false"
+	case s.On("kube-proxy-replacement") || s.On("enable-node-port") || s.On("enable-bpf-masquerade"):
+		return "Cilium answers and forwards node ports in eBPF at the network card, past the kernel's firewall, and not at the encrypted link: use Cilium's own encryption, or kubeProxyReplacement=false without bpf.masquerade"
 	}
 	return ""
 }

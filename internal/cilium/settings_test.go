@@ -11,22 +11,20 @@ func TestEncryptionBesideSettings(t *testing.T) {
 		overlay  uint16
 		refused  string // the reason has it; empty: not refused
 	}{
-		"none":                      {nil, 8472, ""},
-		"tunnel":                    {Settings{"routing-mode": "tunnel", "tunnel-protocol": "vxlan", "ipam": "kubernetes"}, 8472, ""},
-		"Geneve":                    {Settings{"tunnel-protocol": "geneve"}, 6081, ""},
-		"a port of its own":         {Settings{"tunnel-protocol": "geneve", "tunnel-port": "7000"}, 7000, ""},
-		"before 1.14":               {Settings{"tunnel": "geneve", "kube-proxy-replacement": "strict"}, 6081, ""},
-		"native before 1.14":        {Settings{"tunnel": "disabled"}, 0, ""},
-		"native":                    {Settings{"routing-mode": "native", "tunnel-protocol": "vxlan"}, 0, ""},
-		"WireGuard":                 {Settings{"enable-wireguard": "true"}, 8472, "encryption.enabled"},
-		"IPsec":                     {Settings{"enable-ipsec": "true"}, 8472, "encryption.enabled"},
-		"cluster pool":              {Settings{"ipam": "cluster-pool"}, 8472, "ipam.mode=cluster-pool"},
-		"XDP":                       {Settings{"bpf-lb-acceleration": "native"}, 8472, "loadBalancer.acceleration=native"},
-		"no XDP":                    {Settings{"bpf-lb-acceleration": "disabled"}, 8472, ""},
-		"native without kube-proxy": {Settings{"kube-proxy-replacement": "true", "routing-mode": "native"}, 0, "routingMode=tunnel"},
-		"past the stack":            {Settings{"kube-proxy-replacement": "true", "enable-bpf-masquerade": "true"}, 8472, "bpf.hostLegacyRouting=true"},
-		"by the stack":              {Settings{"kube-proxy-replacement": "true", "enable-bpf-masquerade": "true", "enable-host-legacy-routing": "true"}, 8472, ""},
-		"masquerade by kube-proxy":  {Settings{"kube-proxy-replacement": "false", "enable-bpf-masquerade": "true"}, 8472, ""},
+		"none":                   {nil, 8472, ""},
+		"tunnel":                 {Settings{"routing-mode": "tunnel", "tunnel-protocol": "vxlan", "ipam": "kubernetes"}, 8472, ""},
+		"Geneve":                 {Settings{"tunnel-protocol": "geneve"}, 6081, ""},
+		"a port of its own":      {Settings{"tunnel-protocol": "geneve", "tunnel-port": "7000"}, 7000, ""},
+		"before 1.14":            {Settings{"tunnel": "geneve", "kube-proxy-replacement": "strict"}, 6081, "kubeProxyReplacement=false"},
+		"native before 1.14":     {Settings{"tunnel": "disabled"}, 0, ""},
+		"native":                 {Settings{"routing-mode": "native", "tunnel-protocol": "vxlan"}, 0, ""},
+		"WireGuard":              {Settings{"enable-wireguard": "true"}, 8472, "encryption.enabled"},
+		"IPsec":                  {Settings{"enable-ipsec": "true"}, 8472, "encryption.enabled"},
+		"cluster pool":           {Settings{"ipam": "cluster-pool"}, 8472, "ipam.mode=cluster-pool"},
+		"in place of kube-proxy": {Settings{"kube-proxy-replacement": "true", "routing-mode": "native"}, 0, "kubeProxyReplacement=false"},
+		"node ports":             {Settings{"kube-proxy-replacement": "false", "enable-node-port": "true"}, 8472, "kubeProxyReplacement=false"},
+		"masquerade":             {Settings{"kube-proxy-replacement": "false", "enable-bpf-masquerade": "true"}, 8472, "bpf.masquerade"},
+		"none of it":             {Settings{"kube-proxy-replacement": "false", "enable-bpf-masquerade": "false", "enable-node-port": "false"}, 8472, ""},
 	} {
 		if got := c.settings.OverlayPort(); got != c.overlay {
 			t.Errorf("%s: overlay at UDP %d, want %d", name, got, c.overlay)

@@ -15,7 +15,7 @@ func TestJudgeCilium(t *testing.T) {
 	}{
 		"as the chart makes it": {
 			config: map[string]string{"routing-mode": "tunnel", "kube-proxy-replacement": "false", "ipam": "cluster-pool"},
-			want:   []string{"tunnel: nodeLink Encapsulated", "false: kube-proxy translates", "note Cilium: ipam cluster-pool"},
+			want:   []string{"tunnel: nodeLink Encapsulated", "false: kube-proxy translates", "note Cilium: ipam cluster-pool", "would be refused"},
 		},
 		"Constellation 2.x": {
 			config: map[string]string{"tunnel": "disabled", "kube-proxy-replacement": "strict", "ipam": "kubernetes", "enable-wireguard": "true", "enable-cilium-endpoint-slice": "true"},
@@ -24,12 +24,16 @@ func TestJudgeCilium(t *testing.T) {
 		},
 		"sockets of hosts": {
 			config: map[string]string{"kube-proxy-replacement": "true", "bpf-lb-sock-hostns-only": "true"},
-			want:   []string{"true, sockets of hosts only", "ok Cilium: NodeEncryption works in both scopes; what is encrypted are the packets of Cilium's tunnel (UDP 8472)"},
+			want:   []string{"true, sockets of hosts only", "note Cilium: NodeEncryption would be refused"},
+		},
+		"with kube-proxy": {
+			config: map[string]string{"kube-proxy-replacement": "false", "ipam": "kubernetes"}, encrypts: true,
+			want: []string{"ok Cilium: NodeEncryption works in both scopes; what is encrypted are the packets of Cilium's tunnel (UDP 8472)"},
 		},
 		"past the firewall": {
 			config:   map[string]string{"routing-mode": "native", "kube-proxy-replacement": "true", "enable-bpf-masquerade": "true"},
 			encrypts: true, broken: true,
-			want: []string{"FAIL Cilium: NodeEncryption is refused", "set bpf.hostLegacyRouting=true"},
+			want: []string{"FAIL Cilium: NodeEncryption is refused", "or kubeProxyReplacement=false"},
 		},
 		"the endpoint's way before 1.20": {
 			version: "1.15.19", broken: true,
