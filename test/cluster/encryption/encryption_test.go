@@ -84,10 +84,13 @@ spec: {type: NodePort, selector: {node: %[1]s}, ports: [{port: 80, targetPort: 8
 
 // listen notes what goes over a node's wire in the clear: what has a pod at an end (but for the API
 // server's, whose machine is no node), and what nodes say to each other, other than WireGuard, the
-// kernel's words about it (nobody listens at that port yet), and neighbour discovery. What the
+// kernel's words about it (nobody listens at that port yet, a fragment never came), and neighbour discovery. What the
 // injector sends is counted where it would arrive.
-func (w *world) listen(n *cluster.Node) {
-	w.t.Helper()
+func (w *world) listen(n *cluster.Node) { w.listenFor(w.t, n) }
+
+// listenFor does so until a test ends.
+func (w *world) listenFor(t *testing.T, n *cluster.Node) {
+	t.Helper()
 	var between []string
 	for _, o := range w.Nodes {
 		if o.Name != n.Name {
@@ -98,14 +101,14 @@ func (w *world) listen(n *cluster.Node) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	cmd := n.Command(ctx, "tcpdump", "-n", "-l", "-q", "-p", "-i", "eth0",
-		"(net 10.244.0.0/16 or net fd00:244::/32 or net 192.168.50.0/24 or net fd00:50::/64 or "+strings.Join(between, " or ")+") and not host 172.30.0.10 and not host fd00:30::10 and not arp and not udp port 51821 and not (icmp[0] = 3 and icmp[1] = 3 and icmp[30:2] = 51821) and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137)")
+		"(net 10.244.0.0/16 or net fd00:244::/32 or net 192.168.50.0/24 or net fd00:50::/64 or "+strings.Join(between, " or ")+") and not host 172.30.0.10 and not host fd00:30::10 and not arp and not udp port 51821 and not (icmp[0] = 3 and icmp[1] = 3 and icmp[30:2] = 51821) and not (icmp[0] = 11 and icmp[1] = 1 and icmp[30:2] = 51821) and not (icmp6 and ip6[40] = 3 and ip6[41] = 1 and ip6[98:2] = 51821) and not (icmp6 and ip6[40] >= 133 and ip6[40] <= 137)")
 	out, err := cmd.StdoutPipe()
 	if err == nil {
 		err = n.Start(cmd)
 	}
 	if err != nil {
 		cancel()
-		w.t.Fatal(err)
+		t.Fatal(err)
 	}
 	done := make(chan struct{})
 	go func() {
@@ -120,7 +123,7 @@ func (w *world) listen(n *cluster.Node) {
 		}
 		_ = cmd.Wait()
 	}()
-	w.t.Cleanup(func() { cancel(); <-done })
+	t.Cleanup(func() { cancel(); <-done })
 }
 
 // heard takes what was noted so far.
@@ -275,9 +278,9 @@ func (w *world) upgrade(t *testing.T) {
 		w.Kubectl("-n", clustertest.System, "rollout", "status", "daemonset/culvert-agent", "--timeout=100s")
 		time.Sleep(time.Second) // the last one's turn is over
 		o.longest("rollout " + verb)
-		w.works(t, w.requests())
 		w.silence(t, "rollout "+verb)
 	}
+	w.works(t, w.requests())
 }
 
 // encrypt turns encryption on in two steps.
