@@ -123,7 +123,21 @@ const shortLived = 40 * time.Second
 func (p *plant) shorten(x tenant) {
 	p.t.Helper()
 	p.hosting.Kubectl("-n", x.namespace, "set", "env", "statefulset/culvert-hub-"+x.name, "CULVERT_CERTIFICATE_LIFETIME="+shortLived.String())
-	p.hosting.Kubectl("-n", x.namespace, "delete", "pod", "culvert-hub-"+x.name+"-0", "culvert-hub-"+x.name+"-1", "--grace-period=0", "--force")
+	p.hosting.Kubectl("-n", x.namespace, "delete", "pod", "culvert-hub-"+x.name+"-0", "culvert-hub-"+x.name+"-1")
+	// Who joined at one that is about to end would have a certificate for a week.
+	labtest.Eventually(p.t, 90*time.Second, "its new hubs have such certificates", func() error {
+		out, err := p.hosting.TryKubectl("-n", x.namespace, "get", "remotecluster", x.name, "-o", "jsonpath={.status.hubs[*].certificateExpirationTime}")
+		short := 0
+		for _, text := range strings.Fields(out) {
+			if at, e := time.Parse(time.RFC3339, text); e == nil && time.Until(at) < time.Hour {
+				short++
+			}
+		}
+		if err == nil && short < 2 {
+			err = fmt.Errorf("%s", out)
+		}
+		return err
+	})
 }
 
 // renewals is what is seen of a tenant whose certificates last for seconds.
