@@ -65,7 +65,6 @@ func bothWays(t *testing.T, n *network, h *labtest.Host, six bool, timeout time.
 // A site with a pre-shared key, unmodified strongSwan behind NAT: both ways with real
 // addresses; then everything that restarts, and what changes on the way.
 func TestIPsecSiteWithPresharedKey(t *testing.T) {
-	t.Parallel()
 	const psk = "correct horse battery staple"
 	n := newNetwork(t)
 	g := newGateway(t, n.gateway)
