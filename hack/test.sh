@@ -60,12 +60,12 @@ netlab)
 	fi
 	flags=(-timeout 15m)
 	if [[ " ${ARGS:-}" != *" -run"* ]]; then
-		# Most of them wait most of the time: three packages at a time, the longest first; then what
+		# Most of them wait most of the time: two packages at a time, the longest first; then what
 		# measures, alone.
 		packages="$module/test/netlab $(grep -v "^$module/test/netlab$" <<<"$packages")"
 		# shellcheck disable=SC2086 # one word per package
 		alone=$(measures $packages)
-		flags+=(-p 3 -skip "$measuring|$(state)")
+		flags+=(-p 2 -skip "$measuring|$(state)")
 		flagsAlone=(-timeout 15m -p 1 -run "$measuring" -skip "$(state)")
 	else
 		flags+=(-p 1 -skip "$(state)")
