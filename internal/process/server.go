@@ -15,7 +15,7 @@ const (
 	readTimeout       = 30 * time.Second
 	writeTimeout      = time.Minute // pprof asks for more by itself
 	idleTimeout       = 2 * time.Minute
-	shutdownTimeout   = 5 * time.Second
+	shutdownTimeout   = time.Second // well within a gateway pod's grace period: another pod waits
 	maxHeaderBytes    = 64 << 10
 )
 
