@@ -4,6 +4,7 @@ package gateway_test
 import (
 	"context"
 	"fmt"
+	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -227,6 +228,15 @@ func (s *scene) connected(object string, timeout time.Duration) {
 // reaches waits until a datagram comes back.
 func (s *scene) reaches(h *lab.Host, source, to string, timeout time.Duration) {
 	s.t.Helper()
+	labtest.Eventually(s.t, timeout, "a route from "+source, func() error { // there is none without an SA
+		return h.Do(func() error {
+			c, err := (&net.Dialer{LocalAddr: &net.UDPAddr{IP: net.ParseIP(source)}}).DialContext(s.t.Context(), "udp", to)
+			if err == nil {
+				err = c.Close()
+			}
+			return err
+		})
+	})
 	p := clustertest.Watch(s.t, h, source, to, 100*time.Millisecond)
 	p.AwaitAny(timeout)
 }
