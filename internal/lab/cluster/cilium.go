@@ -102,6 +102,13 @@ func (c *Cluster) SetCilium(ctx context.Context, values ...string) error {
 			return err
 		}
 	}
+	// Once: a file that is being executed cannot be written.
+	script := c.path("cilium-agent")
+	if _, err := os.Stat(script); err != nil {
+		if err := os.WriteFile(script, fmt.Appendf(nil, ciliumAgent, c.cilium), 0o755); err != nil {
+			return err
+		}
+	}
 	errs := make([]error, len(c.Nodes))
 	for i, n := range c.Nodes {
 		errs[i] = n.configureCilium(ctx, config)
@@ -164,7 +171,6 @@ func (n *Node) configureCilium(ctx context.Context, config map[string]string) er
 	c := n.cluster
 	if err := errors.Join(
 		writeFiles(filepath.Join(fmt.Sprintf("/proc/%d/root/etc", n.init), "cilium"), config),
-		os.WriteFile(c.path("cilium-agent"), fmt.Appendf(nil, ciliumAgent, c.cilium), 0o755),
 		n.setKubeProxy(ctx, config["kube-proxy-replacement"] != "true"),
 	); err != nil {
 		return err
