@@ -73,7 +73,8 @@ func (s *site) awaitNewDaemon(old int) {
 		if pid := s.daemonPID(); pid == 0 || pid == old {
 			return fmt.Errorf("pid %d", pid)
 		}
-		return nil
+		_, err := s.ike.Observe(s.t.Context()) // it answers
+		return err
 	})
 }
 
