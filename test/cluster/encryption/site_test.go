@@ -61,6 +61,7 @@ spec:
 	h := w.OutsideHost("site", siteOuter+"/15")
 	link := fmt.Sprintf("ws%d", os.Getpid()%1000000) // its socket's name is the machine's
 	w.background(h, "wireguard-go", "-f", link)
+	w.t.Cleanup(func() { _ = os.Remove(filepath.Join("/var/run/wireguard", link+".sock")) })
 	labtest.Eventually(w.t, 10*time.Second, "the site's tunnel is there", func() error { return h.IP("link", "show", link) })
 	w.on(h, "wg", "set", link, "private-key", file, "peer", get(".status.publicKey"), "persistent-keepalive", "1",
 		"endpoint", fmt.Sprintf("%s:%s", w.Nodes[0].ExternalIPs()[0], get(".status.wireguardPort")), "allowed-ips", "10.244.0.0/16,fd00:244::/32")
