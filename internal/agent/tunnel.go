@@ -178,6 +178,8 @@ func (e *encryption) conditions(s *v1alpha1.NodeEncryptionStatus, n node, r *pla
 	switch {
 	case !m.Strict:
 		set(model.ConditionEnforced, false, "Permissive", "what cannot be encrypted is sent as it is")
+	case m.Enforced && refused != "": // nodes that join drop, too; what goes past the firewall they do not see
+		set(model.ConditionEnforced, true, reasonNetworkPlugin, "what cannot be encrypted is dropped where the kernel's firewall sees it, but: "+refused)
 	case m.Enforced || r.Enforce:
 		set(model.ConditionEnforced, true, "Strict", "what cannot be encrypted is dropped")
 	case refused != "":
