@@ -1,13 +1,11 @@
 package reverse
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"fmt"
 	"io"
 	"net"
-	"runtime"
 	"slices"
 	"sync"
 	"syscall"
@@ -16,7 +14,6 @@ import (
 
 	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 	"github.com/culvert-vpn/culvert/internal/pki"
-	"github.com/culvert-vpn/culvert/internal/reverse/mux"
 )
 
 // The goals of the reversed tunnel. What depends on the machine's speed is judged by
@@ -309,54 +306,5 @@ func TestStalledReader(t *testing.T) {
 	t.Logf("p50 %s -> %s, p99 %s -> %s", percentile(before, 50), percentile(after, 50), b, a)
 	if more := goalMillis(5, 20); a > b+more {
 		t.Errorf("p99 %s with stalled streams, %s without: wanted at most %s more", a, b, more)
-	}
-}
-
-// What an idle connection of a spoke costs at the hub, in memory.
-func TestIdleCost(t *testing.T) {
-	n := newTenant(t, "u1")
-	n.startHubs(1)
-	h := n.holder(pki.Spoke, "many")
-	const count = 500
-	c := &conns{}
-	o := n.links(h, "culvert-spoke/1", "many", c)
-	dial := func() *mux.Session {
-		raw, err := o.Dialer.DialContext(context.Background(), n.hubs[0].spokes.Addr().String())
-		if err != nil {
-			t.Fatal(err)
-		}
-		conn := tls.Client(mux.Cork(raw), o.TLS("h0-u1"))
-		if err := conn.Handshake(); err != nil {
-			t.Fatal(err)
-		}
-		return mux.New(conn, mux.Config{Dialer: true})
-	}
-	for range 10 {
-		dial()
-	}
-	memory := func() uint64 {
-		runtime.GC()
-		runtime.GC()
-		var m runtime.MemStats
-		runtime.ReadMemStats(&m)
-		return m.HeapInuse + m.StackInuse
-	}
-	time.Sleep(100 * time.Millisecond)
-	before := memory()
-	for range count {
-		dial()
-	}
-	n.eventually("all are connected", func() error {
-		if got := fmt.Sprint(n.hubs[0].Peers()); len(got) == 0 {
-			return fmt.Errorf("no peers")
-		}
-		return nil
-	})
-	time.Sleep(500 * time.Millisecond)
-	// Both ends are in this process: the hub's is at most all of it.
-	each := (memory() - before) / count
-	t.Logf("%d KiB for both ends of an idle connection", each>>10)
-	if each > 120<<10 {
-		t.Errorf("%d KiB: wanted at most 120 KB for the hub's end alone", each>>10)
 	}
 }

@@ -190,6 +190,7 @@ func TestStandalone(t *testing.T) {
 		}
 	}
 	t.Run("memory", func(t *testing.T) { s.memory(t, hubs) })
+	t.Run("idle connections", func(t *testing.T) { s.idle(t, hubs) })
 	t.Run("1 Gbit/s", func(t *testing.T) { s.gigabit(t) })
 	t.Run("export", func(t *testing.T) {
 		labtest.Eventually(t, 5*time.Second, "the other direction", func() error {
@@ -267,22 +268,6 @@ func TestStandalone(t *testing.T) {
 		labtest.Eventually(t, 10*time.Second, "it joined again", works)
 	})
 	s.secrets()
-}
-
-// memory: a hub that runs is small.
-func (s *site) memory(t *testing.T, hubs []*exec.Cmd) {
-	for i, h := range hubs {
-		b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", h.Process.Pid))
-		if err != nil {
-			t.Fatal(err)
-		}
-		m := regexp.MustCompile(`VmRSS:\s+([0-9]+) kB`).FindSubmatch(b)
-		kib, _ := strconv.Atoi(string(m[1]))
-		t.Logf("hub %d: RSS %d KiB", i, kib)
-		if kib*1024 > 20_000_000 {
-			t.Errorf("hub %d: RSS %d KiB, wanted at most 20 MB", i, kib)
-		}
-	}
 }
 
 // secrets: keys and tokens are in files that only their owner reads, and in no log and no

@@ -16,7 +16,7 @@ import (
 )
 
 // Timeout is the longest dial.
-const Timeout = 10 * time.Second
+const Timeout = 9 * time.Second
 
 // Dialer dials targets. The zero value uses the system's resolver.
 type Dialer struct {

@@ -19,9 +19,9 @@ const (
 	// within 8 s.
 	Keepalive = 3 * time.Second
 	DeadAfter = 8 * time.Second
-	// DialTimeout is how long opening a stream may take, all in all; kube-apiserver gives
-	// up after as much.
-	DialTimeout = 10 * time.Second
+	// DialTimeout is how long opening a stream may take, all in all: the client has its answer
+	// before kube-apiserver gives up, which is after 10 s.
+	DialTimeout = 9 * time.Second
 
 	// quietAfter is when a session that should have been heard of is used only for want of
 	// a better one.

@@ -26,7 +26,7 @@ type Meter struct {
 	expires  prometheus.Gauge
 }
 
-// latencies: from a local dial to the limit of 10 s.
+// latencies: from a local dial to the limit of 9 s.
 var latencies = []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10}
 
 // New makes a Meter and registers it.
