@@ -2,7 +2,6 @@ package reverse
 
 import (
 	"context"
-	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -13,7 +12,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/culvert-vpn/culvert/api/v1alpha1"
 	"github.com/culvert-vpn/culvert/internal/lab"
 	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 )
@@ -112,116 +110,6 @@ func (p *plant) testHubsUpdated(t *testing.T) {
 	}
 	if opened < 50 {
 		t.Errorf("only %d connections were opened", opened)
-	}
-}
-
-// shortLived is how long the certificates of the tenant "self" are valid.
-const shortLived = 40 * time.Second
-
-// shorten gives a tenant's hubs, before anybody has joined, another lifetime for
-// certificates.
-func (p *plant) shorten(x tenant) {
-	p.t.Helper()
-	p.hosting.Kubectl("-n", x.namespace, "set", "env", "statefulset/culvert-hub-"+x.name, "CULVERT_CERTIFICATE_LIFETIME="+shortLived.String())
-	p.hosting.Kubectl("-n", x.namespace, "delete", "pod", "culvert-hub-"+x.name+"-0", "culvert-hub-"+x.name+"-1")
-	// Who joined at one that is about to end would have a certificate for a week.
-	labtest.Eventually(p.t, 90*time.Second, "its new hubs have such certificates", func() error {
-		out, err := p.hosting.TryKubectl("-n", x.namespace, "get", "remotecluster", x.name, "-o", "jsonpath={.status.hubs[*].certificateExpirationTime}")
-		short := 0
-		for _, text := range strings.Fields(out) {
-			if at, e := time.Parse(time.RFC3339, text); e == nil && time.Until(at) < time.Hour {
-				short++
-			}
-		}
-		if err == nil && short < 2 {
-			err = fmt.Errorf("%s", out)
-		}
-		return err
-	})
-}
-
-// renewals is what is seen of a tenant whose certificates last for seconds.
-type renewals struct {
-	*opening
-	began   time.Time
-	mu      sync.Mutex
-	seen    map[string]map[string]bool // certificates' ends, by whose they are
-	stopped chan struct{}
-}
-
-// watchRenewals looks at the certificates of a tenant, and opens connections through it,
-// while the other tests go on.
-func (p *plant) watchRenewals(x tenant) *renewals {
-	r := &renewals{opening: p.opening(x, 50*time.Millisecond), began: time.Now(), seen: map[string]map[string]bool{}, stopped: make(chan struct{})}
-	go func() {
-		defer close(r.stopped)
-		for {
-			r.look(p, x)
-			select {
-			case <-r.done:
-				return
-			case <-time.After(3 * time.Second):
-			}
-		}
-	}()
-	p.t.Cleanup(func() { r.stop(); <-r.stopped })
-	return r
-}
-
-func (r *renewals) look(p *plant, x tenant) {
-	text, err := p.hosting.TryKubectl("-n", x.namespace, "get", "remotecluster", x.name, "-o", "json")
-	var o v1alpha1.RemoteCluster
-	if err != nil || json.Unmarshal([]byte(text), &o) != nil {
-		return // the next look may tell
-	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	note := func(who string, end string) {
-		if r.seen[who] == nil {
-			r.seen[who] = map[string]bool{}
-		}
-		r.seen[who][end] = true
-	}
-	for _, h := range o.Status.Hubs {
-		if h.CertificateExpirationTime != nil {
-			note(h.Name, h.CertificateExpirationTime.String())
-		}
-		for _, s := range h.Spokes {
-			if s.CertificateExpirationTime != nil {
-				note(s.Name, s.CertificateExpirationTime.String())
-			}
-		}
-	}
-}
-
-// testRenewals: hubs and spokes have renewed their certificates, the egress lives with one that
-// has long expired otherwise, and nobody has noticed.
-func (p *plant) testRenewals(t *testing.T, r *renewals) {
-	labtest.Eventually(t, 3*shortLived, "hubs and spokes have renewed their certificates twice", func() error {
-		r.mu.Lock()
-		defer r.mu.Unlock()
-		renewed := 0
-		for _, ends := range r.seen {
-			if len(ends) > 2 {
-				renewed++
-			}
-		}
-		if renewed < 4 || time.Since(r.began) < shortLived {
-			return fmt.Errorf("%v", r.seen)
-		}
-		return nil
-	})
-	p.connected(t, p.selfTenant())
-	opened, failures := r.stop()
-	t.Logf("%d connections were opened in %s, with certificates that are valid for %s", opened, time.Since(r.began).Round(time.Second), shortLived)
-	for _, f := range failures {
-		t.Errorf("a new connection failed %s after the beginning: %v", f.at.Sub(r.began).Round(time.Millisecond), f.err)
-	}
-	logs := p.hosting.In(t).Kubectl("-n", "culvert-spoke", "logs", "-l", "app.kubernetes.io/component=spoke", "--prefix", "--tail=-1")
-	own, adopted := strings.Count(logs, "certificate renewed\""), strings.Count(logs, "renewed by another one")
-	t.Logf("spokes: %d renewals, %d that another one had made", own, adopted)
-	if own == 0 {
-		t.Errorf("no spoke tells of a renewal:\n%s", logs)
 	}
 }
 

@@ -214,6 +214,9 @@ func (p *plant) tenants() {
 	} {
 		p.hosting.Namespace("team-" + x.tenant)
 		p.hosting.Kubectl("label", "namespace", "team-"+x.tenant, "pod-security.kubernetes.io/enforce=restricted", "--overwrite")
+		if x.tenant == p.selfTenant().name {
+			p.holdBack(p.selfTenant())
+		}
 		p.hosting.Apply(fmt.Sprintf(`
 apiVersion: culvert.dev/v1alpha1
 kind: RemoteCluster
@@ -225,13 +228,11 @@ spec:
   - {cidrs: [10.244.0.0/16], ports: [{port: 8080}, {port: 8443}]}
 `, x.tenant, x.more, p.remote.Nodes[0].IPs()[0]))
 	}
+	p.shorten(p.selfTenant())
 	p.hosting.Namespace("team-gateway")
 	p.hosting.Apply(gatewayOfTwo + "---" + office)
 	for _, x := range []tenant{p.remoteTenant(), p.selfTenant()} {
 		p.hosting.Kubectl("-n", x.namespace, "wait", "remotecluster/"+x.name, "--for=condition=Ready", "--timeout=100s")
-		if x == p.selfTenant() {
-			p.shorten(x)
-		}
 		x.cluster.Apply(p.culvert(p.t, "join", x.name, "-n", x.namespace, "--image-pull-policy", "Never"))
 		p.t.Cleanup(func() {
 			if out, err := x.cluster.TryKubectl("delete", "namespace", "culvert-spoke", "--wait=false", "--ignore-not-found"); err != nil {
