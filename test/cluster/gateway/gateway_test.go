@@ -116,6 +116,7 @@ func TestGatewayPod(t *testing.T) {
 	t.Run("pod deleted", func(t *testing.T) { s.in(t).podDeleted() })
 	t.Run("API server away", func(t *testing.T) { s.in(t).serverAway() })
 	t.Run("replicas", func(t *testing.T) { s.in(t).replicas() })
+	t.Run("remote clusters that dial in", func(t *testing.T) { s.in(t).reversed() })
 }
 
 // in is the scene for a subtest: errors end that.

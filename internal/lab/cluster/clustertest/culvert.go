@@ -201,3 +201,14 @@ func (c *Cluster) Culvert(args ...string) string {
 	}
 	return string(out)
 }
+
+// CulvertProgram is the path of the program culvert that the image has, to be run on machines
+// outside.
+func (c *Cluster) CulvertProgram() string {
+	c.t.Helper()
+	bin, err := plugin()
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return filepath.Join(bin, "culvert")
+}
