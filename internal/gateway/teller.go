@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"time"
 
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -128,7 +129,7 @@ func (t *teller) tell(d model.Decoded, s standing, now time.Time) {
 		t.told[ref] = w
 	}
 	first := w.at.IsZero()
-	if !first && !s.news(w.last, w.at, now) {
+	if !first && !s.news(w.last, w.at, now) && !w.taken(d, v1alpha1.ConditionConnected, now) {
 		return
 	}
 	before, known := w.since[v1alpha1.ConditionConnected]
@@ -156,24 +157,39 @@ func (t *teller) tell(d model.Decoded, s standing, now time.Time) {
 // recall reads what an earlier process, or another pod, has said.
 func recall(d model.Decoded, pod string) *told {
 	w := &told{uid: d.Object.GetUID(), since: map[string]metav1.Condition{}}
-	var list []metav1.Condition
-	switch o := d.Object.(type) {
-	case *v1alpha1.VPNGateway:
-		list = o.Status.Conditions
-	case *v1alpha1.Site:
-		list = o.Status.Conditions
+	if o, site := d.Object.(*v1alpha1.Site); site {
 		for i := range o.Status.Paths {
 			if p := &o.Status.Paths[i]; p.Replica == pod && p.LastTransitionTime != nil {
 				w.path = *p.LastTransitionTime
 			}
 		}
-	case *v1alpha1.Device:
-		list = o.Status.Conditions
 	}
-	for _, c := range list {
+	for _, c := range conditionsOf(d) {
 		w.since[c.Type] = c
 	}
 	return w
+}
+
+// tellAgain is how long what was said may take to be seen.
+const tellAgain = 2 * time.Second
+
+// taken reports whether a condition must be told again: for a while the operator took this pod for
+// dead, and said so in its place.
+func (w *told) taken(d model.Decoded, kind string, now time.Time) bool {
+	c := meta.FindStatusCondition(conditionsOf(d), kind)
+	return c != nil && c.Reason == model.ReasonHandedBack && now.Sub(w.at) > tellAgain
+}
+
+func conditionsOf(d model.Decoded) []metav1.Condition {
+	switch o := d.Object.(type) {
+	case *v1alpha1.VPNGateway:
+		return o.Status.Conditions
+	case *v1alpha1.Site:
+		return o.Status.Conditions
+	case *v1alpha1.Device:
+		return o.Status.Conditions
+	}
+	return nil
 }
 
 func (w *told) pathNow(pod string, s standing, unchanged bool, now time.Time) v1alpha1.SitePath {
@@ -213,10 +229,10 @@ func (t *teller) tellGateway(o *v1alpha1.VPNGateway, a *account, refused *model.
 		status["publicKey"] = a.report.Key
 	}
 	body := fmt.Sprint(s, status)
-	if body == w.body {
+	if body == w.body && !w.taken(d, v1alpha1.ConditionReady, now) {
 		return
 	}
-	w.body = body
+	w.body, w.at = body, now
 	status["conditions"] = s.conditions(false, w.since, now)
 	t.queue(ref, o, gatewayManager, status)
 }

@@ -96,3 +96,29 @@ func TestRestartIsNoTransition(t *testing.T) {
 		t.Errorf("events %v, want %v", events, want)
 	}
 }
+
+// What the operator said in this pod's place, and hands back, is said again, path and all.
+func TestHandedBack(t *testing.T) {
+	w := newTeller(Cluster{Pod: "edge-0"}, slog.New(slog.DiscardHandler))
+	o := &v1alpha1.Site{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "berlin", UID: "u"}}
+	up := standing{programmed: verdict{true, "Programmed", ""}, connected: verdict{true, "Connected", ""}}
+	step := func(reason string, after time.Duration, writes int) {
+		t.Helper()
+		o.Status.Conditions = []metav1.Condition{{Type: v1alpha1.ConditionConnected, Status: metav1.ConditionUnknown, Reason: reason}}
+		w.tell(model.Decoded{Object: o}, up, w.started.Add(after))
+		wrote := 0
+		for ref, p, ok := w.take(); ok; ref, p, ok = w.take() {
+			w.done(ref, p, false)
+			wrote++
+		}
+		if wrote != writes {
+			t.Errorf("%s after %s: %d statuses written, want %d", reason, after, wrote, writes)
+		}
+	}
+	step("None", 0, 2) // the conditions, and this pod's path
+	step("Connected", time.Minute, 0)
+	step("GatewayNotReady", 2*time.Minute, 0) // the operator's turn
+	step(model.ReasonHandedBack, 3*time.Minute, 2)
+	step(model.ReasonHandedBack, 3*time.Minute+time.Second, 0) // not seen yet
+	step("Connected", 4*time.Minute, 0)
+}

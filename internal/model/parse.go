@@ -28,6 +28,7 @@ const (
 	ReasonSecretNotFound    = "SecretNotFound"    // a Secret, or a key of one, that is not there
 	ReasonInvalidSecret     = "InvalidSecret"     // a Secret whose content cannot be used
 	ReasonIgnored           = "Ignored"           // an object of a kind that is not ours: no error
+	ReasonHandedBack        = "HandedBack"        // said by the operator for a while, and now for a gateway's pods to say
 )
 
 // ParseOptions is what Parse must know beyond the objects. The zero value is right for a

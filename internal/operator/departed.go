@@ -29,7 +29,8 @@ type departure struct {
 
 // departed takes out of statuses what pods wrote that a gateway no longer has: its
 // replicas were reduced. A pod that only restarts keeps its entries, with one exception: a path
-// that is up through a pod in whose place another one works was left by one that died, and goes.
+// that is up was left by a pod that died, and goes, when another one works in its place, or when the
+// gateway stands still.
 func (r *round) departed(ctx context.Context) error {
 	var list []departure
 	doubted := map[departure]bool{}
@@ -54,7 +55,12 @@ func (r *round) departed(ctx context.Context) error {
 		for _, s := range g.Sites {
 			for _, p := range r.seen.sites[s.ID].Status.Paths {
 				note(model.KindSite, s.ID, p.Replica)
-				if d := (departure{model.KindSite, s.ID, p.Replica}); p.State == v1alpha1.PathUp && replaced(o, p.Replica) {
+				d := departure{model.KindSite, s.ID, p.Replica}
+				switch {
+				case p.State != v1alpha1.PathUp:
+				case g.still != nil && !slices.Contains(list, d):
+					list = append(list, d)
+				case g.still == nil && replaced(o, p.Replica):
 					doubted[d] = true
 				}
 			}

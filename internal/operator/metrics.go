@@ -76,7 +76,7 @@ func (r *round) remoteFacts(id model.ID, o *v1alpha1.RemoteCluster) remoteFacts 
 	if s := r.remotes[id]; s != nil {
 		f.wanted = s.Replicas
 	}
-	f.ready = int(r.seen.readyHubs[model.ID{Namespace: id.Namespace, Name: workload.HubName(id.Name)}])
+	f.ready = int(r.seen.readyPods[model.ID{Namespace: id.Namespace, Name: workload.HubName(id.Name)}])
 	first := func(role string, at *metav1.Time) {
 		if at != nil && (f.expires[role].IsZero() || at.Time.Before(f.expires[role])) {
 			f.expires[role] = at.Time

@@ -68,6 +68,7 @@ type Operator struct {
 	written  writtenTable            // of the front
 	waiting  bool                    // for something that no event tells of
 	doubts   map[departure]time.Time // since when a pod's word is in doubt
+	quiet    map[model.ID]time.Time  // since when a gateway has had no ready pod
 	process  string                  // of this process alone
 	metrics  remoteMetrics
 }
@@ -117,6 +118,8 @@ type gatewayState struct {
 	uid     types.UID
 	address string // where the far sides dial; empty: not known
 	port    uint16 // there; 0: not known
+	// still is what is to be said of one that stands still; nil: it does not.
+	still *metav1.Condition
 }
 
 // deviceState is an accepted device and what came of it.
@@ -150,7 +153,7 @@ func (o *Operator) Round(ctx context.Context) error {
 		return err
 	}
 	r.parse()
-	r.tellCilium()
+	r.tellCilium(ctx)
 	o.waiting = false
 	if err := r.findRemotes(ctx); err != nil {
 		return err
@@ -165,6 +168,7 @@ func (o *Operator) Round(ctx context.Context) error {
 		r.hubs,           // what the hubs of remote clusters consist of
 		r.routes,         // the front's table
 		r.deviceSecrets,  // key pairs and configurations
+		r.standstill,     // gateways that cannot say it themselves
 		r.status,         // what people see, and what gateways read
 		r.departed,       // what pods said that are gone for good
 		r.departedHubs,   // and what hubs said

@@ -323,7 +323,7 @@ func (r *round) spokesThere(s *remoteState, o *v1alpha1.RemoteCluster) metav1.Co
 			with++
 		}
 	}
-	ready := r.seen.readyHubs[model.ID{Namespace: o.Namespace, Name: workload.HubName(o.Name)}]
+	ready := r.seen.readyPods[model.ID{Namespace: o.Namespace, Name: workload.HubName(o.Name)}]
 	switch {
 	case with == 0 || ready == 0:
 		c.Reason = reasonNoSpoke

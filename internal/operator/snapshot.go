@@ -33,8 +33,8 @@ type snapshot struct {
 	apiServers   []netip.Addr
 
 	services map[model.ID]*corev1.Service // of gateways
-	// readyHubs is how many pods of a StatefulSet are ready, where any are.
-	readyHubs map[model.ID]int32
+	// readyPods is how many pods of a StatefulSet are ready, where any are.
+	readyPods map[model.ID]int32
 	claims    map[string]heldClaim      // by namespace/name of the Lease
 	owned     map[objectKey]ownedObject // what the operator made, claims excepted
 }
@@ -75,7 +75,7 @@ var ours = client.MatchingLabels{workload.LabelManagedBy: workload.Operator}
 func (o *Operator) gather(ctx context.Context) (*snapshot, error) {
 	s := &snapshot{
 		gateways: map[model.ID]*v1alpha1.VPNGateway{}, sites: map[model.ID]*v1alpha1.Site{}, devices: map[model.ID]*v1alpha1.Device{},
-		remotes: map[model.ID]*v1alpha1.RemoteCluster{}, readyHubs: map[model.ID]int32{},
+		remotes: map[model.ID]*v1alpha1.RemoteCluster{}, readyPods: map[model.ID]int32{},
 		services: map[model.ID]*corev1.Service{}, claims: map[string]heldClaim{}, owned: map[objectKey]ownedObject{},
 	}
 	for _, read := range []func(context.Context, *snapshot) error{o.gatherObjects, o.gatherCluster, o.gatherOwned, o.gatherClaims} {
@@ -185,7 +185,7 @@ func (o *Operator) gatherOwned(ctx context.Context, s *snapshot) error {
 	}
 	for i := range sets.Items {
 		x := &sets.Items[i]
-		s.readyHubs[idOf(x)] = x.Status.ReadyReplicas
+		s.readyPods[idOf(x)] = x.Status.ReadyReplicas
 		s.owned[objectKey{schema.GroupKind{Group: "apps", Kind: "StatefulSet"}, x.Namespace, x.Name}] = ownedObject{x.ObjectMeta, "v1"}
 	}
 	var services corev1.ServiceList

@@ -25,10 +25,12 @@ const (
 	reasonResolved              = "Resolved"
 	reasonPending               = "Pending"               // cannot be judged yet
 	reasonNoAddress             = "NoAddress"             // the gateway has none left, or not the one that was asked for
-	reasonGatewayNotReady       = "GatewayNotReady"       // has no public key yet
+	reasonGatewayNotReady       = "GatewayNotReady"       // has no public key yet, or no ready pod
 	reasonGatewayAddressUnknown = "GatewayAddressUnknown" // nobody knows where to dial
 	reasonSecretTaken           = "SecretTaken"           // somebody else's Secret has the name
 	reasonRangesUnknown         = "RangesUnknown"         // the cluster does not say
+	reasonNoReadyPod            = "NoReadyPod"            // of a gateway
+	reasonNodeNotReady          = "NodeNotReady"          // where a gateway's pod works
 )
 
 // references are the reasons that are about what an object refers to.
@@ -39,9 +41,10 @@ var references = []string{
 // verdict is what the operator says about one object.
 type verdict struct {
 	accepted, resolved metav1.Condition
-	// ready is false for what names a gateway that is not there, and nil for everything else:
-	// then the gateway says it.
-	ready *metav1.Condition
+	// ready is false for what names a gateway that is not there, and for a gateway that stands
+	// still; connected is not known for what was connected to that. Else they are nil: then the
+	// gateway says it.
+	ready, connected *metav1.Condition
 	// only takes the place of all these, for kinds with other conditions.
 	only []metav1.Condition
 }
@@ -52,8 +55,10 @@ func (v verdict) conditions() []metav1.Condition {
 		return v.only
 	}
 	list := []metav1.Condition{v.accepted, v.resolved}
-	if v.ready != nil {
-		list = append(list, *v.ready)
+	for _, c := range []*metav1.Condition{v.ready, v.connected} {
+		if c != nil {
+			list = append(list, *c)
+		}
 	}
 	return list
 }
@@ -194,6 +199,9 @@ func (r *round) gatewayStatus(id model.ID, o *v1alpha1.VPNGateway) (statusWrite,
 		want.Sites, want.Devices = int32(len(g.Sites)), int32(len(g.Devices))
 	}
 	v := r.judge(model.Ref{Kind: model.KindGateway, ID: id}, o.Generation, nil, missing)
+	if v.ready == nil {
+		v.ready = r.standIn(g, o)
+	}
 	same := sameVerdict(v, o.Status.Conditions) && o.Status.ObservedGeneration == o.Generation &&
 		want.Address == o.Status.Address && want.WireGuardPort == o.Status.WireGuardPort &&
 		want.Sites == o.Status.Sites && want.Devices == o.Status.Devices &&
@@ -230,6 +238,7 @@ func (r *round) rangesProblem(g *gatewayState, o *v1alpha1.VPNGateway) *model.Pr
 
 func (r *round) siteStatus(id model.ID, o *v1alpha1.Site) (statusWrite, bool) {
 	v := r.judge(model.Ref{Kind: model.KindSite, ID: id}, o.Generation)
+	v.connected = r.cutOff(gatewayOf(o, o.Spec.GatewayRef), o.Generation, o.Status.Conditions)
 	if sameVerdict(v, o.Status.Conditions) && o.Status.ObservedGeneration == o.Generation {
 		return statusWrite{}, false
 	}
@@ -250,6 +259,7 @@ func (r *round) deviceStatus(id model.ID, o *v1alpha1.Device) (statusWrite, bool
 		want = v1alpha1.DeviceStatus{Addresses: d.addresses, PublicKey: d.publicKey, ConfigurationSecret: d.secret}
 	}
 	v := r.judge(model.Ref{Kind: model.KindDevice, ID: id}, o.Generation, refused, waiting)
+	v.connected = r.cutOff(gatewayOf(o, o.Spec.GatewayRef), o.Generation, o.Status.Conditions)
 	exact := !slices.Equal(want.Addresses, o.Status.Addresses) || want.PublicKey != o.Status.PublicKey
 	if !exact && want.ConfigurationSecret == o.Status.ConfigurationSecret && sameVerdict(v, o.Status.Conditions) && o.Status.ObservedGeneration == o.Generation {
 		return statusWrite{}, false
@@ -338,11 +348,13 @@ func (r *round) tell(w statusWrite) {
 	list := []metav1.Condition{w.verdict.accepted, w.verdict.resolved}
 	if w.verdict.only != nil {
 		list = w.verdict.only
+	} else if w.kind == model.KindGateway && w.verdict.ready != nil {
+		list = append(list, *w.verdict.ready)
 	}
 	for _, c := range list {
 		old := meta.FindStatusCondition(w.have, c.Type)
 		switch {
-		case c.Type == v1alpha1.ConditionReady, c.Type == v1alpha1.ConditionConnected && old == nil: // told by others, or still to come
+		case c.Type == v1alpha1.ConditionReady && w.verdict.only != nil, c.Type == v1alpha1.ConditionConnected && old == nil: // told by others, or still to come
 		case c.Type == v1alpha1.ConditionConnected && c.Status == metav1.ConditionTrue && old.Status != c.Status:
 			r.Event(w.object, false, c.Reason, "spokes are connected")
 		case c.Status == metav1.ConditionFalse && (old == nil || old.Status != c.Status || old.Reason != c.Reason):

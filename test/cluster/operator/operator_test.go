@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -253,104 +252,4 @@ func nothingLeft(ns string) error {
 		}
 	}
 	return errors.Join(errs...)
-}
-
-// What a pod wrote that a gateway no longer has goes from the statuses; the others' entries
-// stay.
-func TestDepartedPods(t *testing.T) {
-	ns := inNamespace(t, "departed")
-	startOperator(t, "--alone")
-	create(t, gateway(ns, func(s *v1alpha1.VPNGatewaySpec) { s.Replicas = new(int32(2)) }), site(ns, "berlin", "10.1.0.0/16"))
-	eventually(t, 20*time.Second, func() error { return get(&appsv1.StatefulSet{}, ns, "culvert-edge") })
-	for _, pod := range []string{"culvert-edge-0", "culvert-edge-1"} {
-		applyStatus(t, &v1alpha1.VPNGateway{}, ns, "edge", pod, `{"endpoints":[{"pod":"`+pod+`","node":"n1","podIPs":["10.244.1.9"]}]}`)
-		applyStatus(t, &v1alpha1.Site{}, ns, "berlin", pod, `{"paths":[{"replica":"`+pod+`","state":"Up"}]}`)
-	}
-	var g v1alpha1.VPNGateway
-	var s v1alpha1.Site
-	pods := func() (string, error) {
-		err := errors.Join(get(&g, ns, "edge"), get(&s, ns, "berlin"))
-		text := "gateway:"
-		for _, e := range g.Status.Endpoints {
-			text += " " + e.Pod
-		}
-		text += ", site:"
-		for _, p := range s.Status.Paths {
-			text += " " + p.Replica
-		}
-		return text, err
-	}
-	if got, err := pods(); err != nil || got != "gateway: culvert-edge-0 culvert-edge-1, site: culvert-edge-0 culvert-edge-1" {
-		t.Fatalf("before: %s %v", got, err)
-	}
-	g.Spec.Replicas = new(int32(1))
-	if err := shared.client.Update(t.Context(), &g); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, 20*time.Second, func() error {
-		got, err := pods()
-		if err == nil && got != "gateway: culvert-edge-0, site: culvert-edge-0" {
-			err = errors.New(got)
-		}
-		return err
-	})
-}
-
-// A path that is up through a pod that died goes once another pod works; that one's stays, and so
-// does what a pod says that lives.
-func TestDeadPods(t *testing.T) {
-	ns := inNamespace(t, "dead")
-	startOperator(t, "--alone")
-	create(t, gateway(ns, func(s *v1alpha1.VPNGatewaySpec) { s.Replicas = new(int32(3)) }), site(ns, "berlin", "10.1.0.0/16"))
-	eventually(t, 20*time.Second, func() error { return get(&appsv1.StatefulSet{}, ns, "culvert-edge") })
-	for _, says := range [][3]string{{"culvert-edge-0", "true", "Up"}, {"culvert-edge-1", "false", "Down"}, {"culvert-edge-2", "false", "Down"}} {
-		pod := says[0]
-		applyStatus(t, &v1alpha1.VPNGateway{}, ns, "edge", pod, `{"endpoints":[{"pod":"`+pod+`","podIPs":["10.244.1.9"],"active":`+says[1]+`}]}`)
-		applyStatus(t, &v1alpha1.Site{}, ns, "berlin", pod, `{"paths":[{"replica":"`+pod+`","state":"`+says[2]+`"}]}`)
-	}
-	paths := func() string {
-		var s v1alpha1.Site
-		if err := get(&s, ns, "berlin"); err != nil {
-			return err.Error()
-		}
-		var list []string
-		for _, p := range s.Status.Paths {
-			list = append(list, fmt.Sprintf("%s %s, ", p.Replica, p.State))
-		}
-		slices.Sort(list)
-		return strings.Join(list, "")
-	}
-	time.Sleep(7 * time.Second) // longer than the operator doubts
-	const before = "culvert-edge-0 Up, culvert-edge-1 Down, culvert-edge-2 Down, "
-	if got := paths(); got != before {
-		t.Fatalf("with one that works: %s", got)
-	}
-	// The second takes over, and corrects what the first cannot say any more.
-	applyStatus(t, &v1alpha1.VPNGateway{}, ns, "edge", "culvert-edge-1", `{"endpoints":[{"pod":"culvert-edge-1","podIPs":["10.244.1.9"],"active":true},{"pod":"culvert-edge-0","active":false}]}`)
-	applyStatus(t, &v1alpha1.Site{}, ns, "berlin", "culvert-edge-1", `{"paths":[{"replica":"culvert-edge-1","state":"Up"}]}`)
-	eventually(t, 30*time.Second, func() error {
-		if got := paths(); got != "culvert-edge-1 Up, culvert-edge-2 Down, " {
-			return errors.New(got)
-		}
-		return nil
-	})
-	// It is back, and stands by.
-	applyStatus(t, &v1alpha1.Site{}, ns, "berlin", "culvert-edge-0", `{"paths":[{"replica":"culvert-edge-0","state":"Down"}]}`)
-	time.Sleep(7 * time.Second)
-	if got := paths(); !strings.Contains(got, "culvert-edge-0 Down, ") || !strings.Contains(got, "culvert-edge-1 Up, ") {
-		t.Errorf("after the first is back: %s", got)
-	}
-}
-
-// applyStatus applies a status as a gateway pod.
-func applyStatus(t *testing.T, o client.Object, ns, name, pod, status string) {
-	t.Helper()
-	o.SetNamespace(ns)
-	o.SetName(name)
-	kind := strings.TrimPrefix(fmt.Sprintf("%T", o), "*v1alpha1.")
-	body := fmt.Sprintf(`{"apiVersion":%q,"kind":%q,"metadata":{"namespace":%q,"name":%q},"status":%s}`, v1alpha1.GroupVersion, kind, ns, name, status)
-	err := shared.client.Status().Patch(context.Background(), o, client.RawPatch("application/apply-patch+yaml", []byte(body)), client.FieldOwner("culvert-gateway/"+pod), client.ForceOwnership)
-	if err != nil {
-		t.Fatal(err)
-	}
 }

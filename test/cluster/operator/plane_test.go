@@ -18,6 +18,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -146,18 +147,19 @@ func (p *plane) startServers() error {
 			return err
 		}
 	}
+	return p.answers()
+}
+
+// answers waits until the API server is ready.
+func (p *plane) answers() error {
 	deadline := time.Now().Add(2 * time.Minute)
 	for {
 		err := p.kubectl(context.Background(), "get", "--raw", "/readyz")
-		if err == nil {
-			break
-		}
-		if time.Now().After(deadline) {
+		if err == nil || time.Now().After(deadline) {
 			return err
 		}
 		time.Sleep(300 * time.Millisecond)
 	}
-	return nil
 }
 
 // startControllers starts those that matter here. The garbage collector looks for new kinds
@@ -182,6 +184,20 @@ func (p *plane) start(args ...string) error {
 	}
 	p.running = append(p.running, cmd)
 	return nil
+}
+
+// restart kills a program, and starts it again after a while.
+func (p *plane) restart(name string, after time.Duration) error {
+	i := slices.IndexFunc(p.running, func(cmd *exec.Cmd) bool { return filepath.Base(cmd.Path) == name })
+	if i < 0 {
+		return fmt.Errorf("%s does not run", name)
+	}
+	cmd := p.running[i]
+	p.running = slices.Delete(p.running, i, i+1)
+	_ = cmd.Process.Kill()
+	_ = cmd.Wait()
+	time.Sleep(after)
+	return p.start(append([]string{name}, cmd.Args[1:]...)...)
 }
 
 func (p *plane) stop() {
