@@ -3,9 +3,7 @@ package route_test
 import (
 	"context"
 	"fmt"
-	"net/netip"
 	"os"
-	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -15,129 +13,9 @@ import (
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
 
-	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 	"github.com/culvert-vpn/culvert/internal/netstate"
 	"github.com/culvert-vpn/culvert/internal/route"
 )
-
-func pfx(s string) netip.Prefix { return netip.MustParsePrefix(s) }
-
-// host is a machine with an underlay link eth0, a default route of each family, and a
-// veth cvt0 as a stand-in for a tunnel's link; the router behind eth0 is a host too.
-func host(t testing.TB) *labtest.Host {
-	t.Helper()
-	l := labtest.New(t)
-	h, router := l.Host("host"), l.Host("router")
-	l.Connect(h, "eth0", "192.0.2.1/24 2001:db8::1/64", router, "eth0", "192.0.2.2/24 2001:db8::2/64")
-	h.IP("route", "add", "default", "via", "192.0.2.2")
-	h.IP("-6", "route", "add", "default", "via", "2001:db8::2")
-	tunnel(h, "cvt0")
-	return h
-}
-
-// tunnel makes a link with a carrier, as a stand-in for a tunnel's.
-func tunnel(h *labtest.Host, name string) {
-	h.IP("link", "add", name, "type", "veth", "peer", "name", "peer"+name)
-	h.IP("link", "set", name, "up")
-	h.IP("link", "set", "peer"+name, "up")
-}
-
-// open makes a Route in the host's namespace; it is detached at the end of the test.
-func open(t testing.TB, h *labtest.Host) *route.Route {
-	t.Helper()
-	var r *route.Route
-	h.Do(func() (err error) {
-		r, err = route.New(route.Options{})
-		return err
-	})
-	t.Cleanup(func() { _ = r.Detach() })
-	return r
-}
-
-func gatewayRules() []netstate.Rule {
-	var rules []netstate.Rule
-	for _, f := range []netstate.Family{netstate.IPv4, netstate.IPv6} {
-		rules = append(rules,
-			netstate.Rule{Family: f, Priority: netstate.RulePriorityOuter, Mark: netstate.MarkOuter, MarkMask: netstate.MarkMask, Table: 254},
-			netstate.Rule{Family: f, Priority: netstate.RulePriorityProxy, Mark: netstate.MarkProxy, MarkMask: netstate.MarkMask, Table: netstate.ProxyTable},
-			netstate.Rule{Family: f, Priority: netstate.RulePriorityTunnel, Table: netstate.Table})
-	}
-	return rules
-}
-
-// tunnelRoutes are a route by link and the unreachable one behind it.
-func tunnelRoutes(link string, destinations ...string) []netstate.Route {
-	var routes []netstate.Route
-	for _, d := range destinations {
-		routes = append(routes,
-			netstate.Route{Destination: pfx(d), Kind: netstate.RouteUnicast, Link: link, Metric: netstate.MetricTunnel, Table: netstate.Table},
-			netstate.Route{Destination: pfx(d), Kind: netstate.RouteUnreachable, Metric: netstate.MetricUnreachable, Table: netstate.Table})
-	}
-	return routes
-}
-
-// gateway is a state with one of everything.
-func gateway() netstate.State {
-	s := netstate.State{
-		Links: []netstate.Link{{
-			Name: "cvt0", Kind: netstate.LinkWireGuard, MTU: 1380,
-			Addresses: []netip.Prefix{pfx("10.99.0.1/24"), pfx("fd00:99::1/64")},
-		}},
-		Rules:  gatewayRules(),
-		Routes: tunnelRoutes("cvt0", "10.1.0.0/16", "fd01::/48"),
-	}
-	for _, d := range []string{"0.0.0.0/0", "::/0"} {
-		s.Routes = append(s.Routes, netstate.Route{Destination: pfx(d), Kind: netstate.RouteLocal, Link: "lo", Metric: netstate.MetricTunnel, Table: netstate.ProxyTable})
-	}
-	s.Routes = append(s.Routes,
-		netstate.Route{Destination: pfx("10.1.7.0/24"), Kind: netstate.RouteUnicast, Link: "cvt0", Via: netip.MustParseAddr("10.99.0.9"), Source: netip.MustParseAddr("10.99.0.1"), Metric: 7, Table: netstate.Table},
-		netstate.Route{Destination: pfx("fd01:0:0:7::/64"), Kind: netstate.RouteUnicast, Link: "cvt0", Via: netip.MustParseAddr("fd00:99::9"), Source: netip.MustParseAddr("fd00:99::1"), Metric: 7, Table: netstate.Table},
-		netstate.Route{Destination: pfx("10.1.8.0/24"), Kind: netstate.RouteThrow, Metric: 7, Table: netstate.Table},
-		netstate.Route{Destination: pfx("fd01:0:0:8::/64"), Kind: netstate.RouteThrow, Metric: 7, Table: netstate.Table})
-	s.Rules = append(s.Rules, netstate.Rule{Family: netstate.IPv4, Priority: netstate.RulePriorityPodsToNodes, UDPPort: 8472, Table: netstate.Table},
-		netstate.Rule{Family: netstate.IPv6, Priority: netstate.RulePriorityPodsToNodes, UDPPort: 8472, Table: netstate.Table})
-	s.Sort()
-	return s
-}
-
-// apply sets links, routes and rules and returns the number of changes.
-func apply(t testing.TB, r *route.Route, s netstate.State) int {
-	t.Helper()
-	a, err := r.SetLinks(t.Context(), s.Links)
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := r.SetRoutes(t.Context(), s.Routes, s.Rules)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return a + b
-}
-
-// observed fails the test when the kernel does not have exactly want.
-func observed(t testing.TB, r *route.Route, want netstate.State) {
-	t.Helper()
-	have, err := r.Observe(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if d := netstate.Diff(have, want); d != nil {
-		t.Fatalf("from the kernel's state to the desired one:\n%s", strings.Join(d, "\n"))
-	}
-}
-
-// dump is everything that ip(8) shows, one element per line, without link-local and
-// multicast entries, and the kernel's own routes to the host's IPv6 addresses, which come on its
-// own schedule.
-func dump(h *labtest.Host) string {
-	out := h.Run("ip", "-o", "addr") + h.Run("ip", "route", "show", "table", "all") + h.Run("ip", "-6", "route", "show", "table", "all") +
-		h.Run("ip", "rule") + h.Run("ip", "-6", "rule")
-	lines := slices.DeleteFunc(strings.Split(out, "\n"), func(l string) bool {
-		return strings.Contains(l, "fe80::") || strings.Contains(l, " ff00::/8 ") || strings.Contains(l, " table local proto kernel metric 0 pref ")
-	})
-	slices.Sort(lines)
-	return strings.Join(lines, "\n")
-}
 
 func TestSecondSetChangesNothing(t *testing.T) {
 	h := host(t)
@@ -439,62 +317,4 @@ func TestThousandRoutes(t *testing.T) {
 	if emulated := os.Getenv("CULVERT_KERNEL") == "1"; !emulated && (added > 3*time.Second || unchanged > added) {
 		t.Error("too slow")
 	}
-}
-
-func TestSysctls(t *testing.T) {
-	h := host(t)
-	r := open(t, h)
-	want := []netstate.Sysctl{{Path: "net/ipv4/ip_forward", Value: "1"}, {Path: "net/ipv4/ip_local_port_range", Value: "20000 40000"}}
-	set := func(r *route.Route, want []netstate.Sysctl) (n int, err error) {
-		_ = h.Host.Do(func() error {
-			n, err = r.SetSysctls(context.Background(), want)
-			return nil
-		})
-		return n, err
-	}
-	if n, err := set(r, want); n != 2 || err != nil {
-		t.Errorf("%d changes, %v", n, err)
-	}
-	if n, err := set(r, want); n != 0 || err != nil {
-		t.Errorf("second time: %d changes, %v", n, err)
-	}
-	if got := h.Run("cat", "/proc/sys/net/ipv4/ip_forward", "/proc/sys/net/ipv4/ip_local_port_range"); got != "1\n20000\t40000\n" {
-		t.Errorf("%q", got)
-	}
-	for path, say := range map[string]string{"net/ipv4/no_such": "sysctl net.ipv4.no_such: this kernel does not have it", "../etc/passwd": "not a path below"} {
-		if _, err := set(r, []netstate.Sysctl{{Path: path, Value: "1"}}); err == nil || !strings.Contains(err.Error(), say) {
-			t.Errorf("%s: %v", path, err)
-		}
-	}
-}
-
-func TestReadOnlySysctlIsFineWhenRight(t *testing.T) {
-	labtest.Require(t, "mount", "umount")
-	h := host(t)
-	dir := t.TempDir()
-	if err := os.MkdirAll(filepath.Join(dir, "net/ipv4"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "net/ipv4/ip_forward"), []byte("1\n"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	// In a mount namespace of the thread's own, which ends with it.
-	h.Do(func() error {
-		if err := readOnly(dir); err != nil {
-			return err
-		}
-		r, err := route.New(route.Options{SysctlDir: dir})
-		if err != nil {
-			return err
-		}
-		defer func() { _ = r.Detach() }()
-		if n, err := r.SetSysctls(context.Background(), []netstate.Sysctl{{Path: "net/ipv4/ip_forward", Value: "1"}}); n != 0 || err != nil {
-			t.Errorf("%d changes, %v", n, err)
-		}
-		_, err = r.SetSysctls(context.Background(), []netstate.Sysctl{{Path: "net/ipv4/ip_forward", Value: "0"}})
-		if err == nil || !strings.Contains(err.Error(), "sysctl net.ipv4.ip_forward is 1 and cannot be written: set it to 0 from outside") {
-			t.Errorf("%v", err)
-		}
-		return nil
-	})
 }
