@@ -2,7 +2,6 @@ package front
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -12,105 +11,9 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"syscall"
 	"testing"
 	"time"
-
-	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 )
-
-func TestParseTable(t *testing.T) {
-	table, err := ParseTable([]byte(`
-routes:
-- serverName: H0-3F2A.front.example.com
-  tenant: alpha
-  backends:
-  - address: hub-0.hub.alpha.svc:8443
-    proxyProtocol: V2
-  - address: "[2001:db8::1]:8443"
-- serverName: vpn.example.com
-  content: TCP
-  connectPort: 1194
-  backends: [{address: "10.0.0.7:1194"}]
-tenants:
-- name: alpha
-  maxConnections: 500
-  connectionsPerSecond: 0.5
-`))
-	if err != nil {
-		t.Fatal(err)
-	}
-	if r := table.Routes[0]; r.ServerName != "h0-3f2a.front.example.com" || r.Tenant != "alpha" || r.ConnectPort != 443 || r.Content != ContentTLS ||
-		r.Backends[0].ProxyProtocol != ProxyV2 || r.Backends[1].ProxyProtocol != ProxyNone {
-		t.Errorf("%+v", r)
-	}
-	if r := table.Routes[1]; r.Tenant != "vpn.example.com" || r.ConnectPort != 1194 || r.Content != ContentTCP {
-		t.Errorf("%+v", r)
-	}
-	if _, err := ParseTable(nil); err != nil {
-		t.Errorf("an empty table: %v", err)
-	}
-	const backend = "backends: [{address: '10.0.0.1:1'}]"
-	for text, want := range map[string]string{
-		"routes: [{serverName: a.b, " + backend + ", weight: 1}]":                                            `unknown field "routes[0].weight"`,
-		"routes: [{serverName: a.b, serverName: c.d, " + backend + "}]":                                      "already set in map",
-		"routes: [{" + backend + "}]":                                                                        "routes[0].serverName",
-		"routes: [{serverName: 10.0.0.1, " + backend + "}]":                                                  "routes[0].serverName",
-		"routes: [{serverName: '*.b', " + backend + "}]":                                                     "routes[0].serverName",
-		"routes: [{serverName: a.b}]":                                                                        "routes[0].backends: none",
-		"routes: [{serverName: a.b, backends: [{address: '10.0.0.1'}]}]":                                     "routes[0].backends[0].address",
-		"routes: [{serverName: a.b, backends: [{address: '10.0.0.1:0'}]}]":                                   "no port",
-		"routes: [{serverName: a.b, backends: [{address: ':80'}]}]":                                          "routes[0].backends[0].address",
-		"routes: [{serverName: a.b, backends: [{address: '127.1:80'}]}]":                                     "routes[0].backends[0].address",
-		"routes: [{serverName: a.b, backends: [{address: 'a:1'}, {address: 'a:1'}]}]":                        "twice",
-		"routes: [{serverName: a.b, backends: [{address: 'a:1', proxyProtocol: V3}]}]":                       "proxyProtocol: \"V3\"",
-		"routes: [{serverName: a.b, content: UDP, " + backend + "}]":                                         "routes[0].content",
-		"routes: [{serverName: a.b, " + backend + "}, {serverName: A.B, " + backend + "}]":                   "routes[1].serverName: a.b is routed by routes[0]",
-		"routes: [{serverName: a.b, " + backend + "}]\ntenants: [{name: x}]":                                 "tenants[0].name: no route",
-		"routes: [{serverName: a.b, " + backend + "}]\ntenants: [{name: a.b, maxConnections: -1}]":           "tenants[0].maxConnections",
-		"routes: [{serverName: a.b, " + backend + "}]\ntenants: [{name: a.b}, {name: a.b}]":                  "tenants[1].name",
-		"routes: [{serverName: a.b, connectPort: 70000, " + backend + "}]":                                   "connectPort",
-		"routes: [{serverName: a.b, " + backend + "}]\ntenants: [{name: a.b, connectionsPerSecond: -0.1}]\n": "connectionsPerSecond",
-	} {
-		if _, err := ParseTable([]byte(text)); err == nil || !strings.Contains(err.Error(), want) || strings.Contains(err.Error(), "\n") {
-			t.Errorf("%s:\n  %v\n  want %q in one line", text, err, want)
-		}
-	}
-}
-
-// 20,000 routes of as many tenants are read and put into effect in seconds.
-func TestLargeTable(t *testing.T) {
-	var b strings.Builder
-	b.WriteString("routes:\n")
-	for i := range 20_000 {
-		fmt.Fprintf(&b, "- serverName: h0-%08d-1b0a-4c9e-9a39-2f7f0c6f8d11.front.example.com\n  tenant: t%d\n  backends: [{address: \"hub-0.hub.t%d.svc:8443\", proxyProtocol: V2}]\n", i, i, i)
-	}
-	b.WriteString("tenants:\n")
-	for i := range 20_000 {
-		fmt.Fprintf(&b, "- {name: t%d, maxConnections: 10}\n", i)
-	}
-	begin := time.Now()
-	table, err := ParseTable([]byte(b.String()))
-	if err != nil {
-		t.Fatal(err)
-	}
-	parsed := time.Since(begin)
-	f := New(Options{})
-	defer f.Close()
-	begin = time.Now()
-	if changed, err := f.Set(t.Context(), table); changed != 20_000 || err != nil {
-		t.Errorf("%d changes, %v", changed, err)
-	}
-	set := time.Since(begin)
-	begin = time.Now()
-	if changed, err := f.Set(t.Context(), table); changed != 0 || err != nil {
-		t.Errorf("%d changes, %v", changed, err)
-	}
-	t.Logf("%d KB of YAML in %s, set in %s, set again in %s", b.Len()>>10, parsed, set, time.Since(begin))
-	if parsed > 30*time.Second || set > 5*time.Second {
-		t.Error("that is too slow")
-	}
-}
 
 // running is a front run as a process runs it.
 type running struct {
@@ -318,102 +221,6 @@ func TestDrain(t *testing.T) {
 				t.Error("the connection is still there")
 			}
 		})
-	}
-}
-
-// A successor takes over the port while clients come; those of the predecessor go on until
-// they end. Where the kernel moves what a closing listener has (net.ipv4.tcp_migrate_req),
-// no client is lost; elsewhere at most those whose handshake ends in that instant.
-func TestSuccessor(t *testing.T) {
-	for _, migrate := range []string{"0", "1"} {
-		t.Run("migrate "+migrate, func(t *testing.T) {
-			h := labtest.New(t).Host("host")
-			h.Sysctl("net/ipv4/tcp_migrate_req", migrate)
-			successor(t, h, migrate == "1")
-		})
-	}
-}
-
-func successor(t *testing.T, h *labtest.Host, migrates bool) {
-	ca := newAuthority(t)
-	cert := ca.certificate(t, "a.example.com")
-	var a *server
-	h.Do(func() error { a = newServer(t, "a", &cert, nil); return nil })
-	path := writeFile(t, t.TempDir(), "routes.yaml", fmt.Sprintf("routes: [{serverName: a.example.com, backends: [{address: %q}]}]", a.address))
-	o := childOptions{Routes: path, Listen: "127.0.0.1:8443", DrainTimeout: 10 * time.Second}
-	try := func() (conn *tls.Conn, err error) {
-		err = h.Host.Do(func() error {
-			conn, _, err = ca.try(o.Listen, "a.example.com")
-			return err
-		})
-		return conn, err
-	}
-	start := func() (c *child) {
-		h.Do(func() error { c = startChild(t, o); return nil })
-		return c
-	}
-	first := start()
-	old, err := try()
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer old.Close()
-	const clients = 4
-	var wg sync.WaitGroup
-	stop := make(chan struct{})
-	var mu sync.Mutex
-	var served int
-	var failed []error
-	for range clients {
-		wg.Go(func() {
-			for {
-				select {
-				case <-stop:
-					return
-				default:
-				}
-				conn, err := try()
-				mu.Lock()
-				if err != nil {
-					failed = append(failed, err)
-				} else {
-					served++
-					_ = conn.Close()
-				}
-				mu.Unlock()
-			}
-		})
-	}
-	second := start()
-	if err := first.Process.Signal(syscall.SIGTERM); err != nil {
-		t.Fatal(err)
-	}
-	time.Sleep(time.Second)
-	if err := echo(old, []byte("still here")); err != nil {
-		t.Errorf("a connection of the predecessor: %v", err)
-	}
-	close(stop)
-	wg.Wait()
-	t.Logf("%d served, %d failed", served, len(failed))
-	if served < 20 { // under the race detector on a busy machine it is some hundred less
-		t.Errorf("only %d were served", served)
-	}
-	if most := map[bool]int{false: clients, true: 0}[migrates]; len(failed) > most {
-		t.Errorf("%d failed: %v", len(failed), failed)
-	}
-	_ = old.Close()
-	select {
-	case err := <-first.done:
-		if err != nil {
-			t.Errorf("the predecessor: %v", err)
-		}
-	case <-time.After(5 * time.Second):
-		t.Error("the predecessor is still there")
-	}
-	select {
-	case err := <-second.done:
-		t.Errorf("the successor has ended: %v", err)
-	default:
 	}
 }
 

@@ -1,0 +1,285 @@
+package link
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"math/rand/v2"
+	"slices"
+	"sync"
+	"time"
+
+	"github.com/culvert-vpn/culvert/internal/reverse/mux"
+	"github.com/culvert-vpn/culvert/internal/reverse/wire"
+)
+
+// keeper holds the connections to one hub.
+type keeper struct {
+	links      *Links
+	hub        wire.HubAddress
+	ctx, alive context.Context
+
+	mu       sync.Mutex
+	sessions []*mux.Session
+	extra    int                        // connections beyond the least number, or on their way
+	idle     map[*mux.Session]time.Time // since when
+}
+
+// always keeps one connection.
+func (k *keeper) always() {
+	wait := firstRetry
+	for k.ctx.Err() == nil {
+		began := time.Now()
+		k.connect()
+		if time.Since(began) > lastRetry {
+			wait = firstRetry
+		}
+		jittered := wait/2 + time.Duration(rand.Int64N(int64(wait)))
+		select {
+		case <-k.ctx.Done():
+		case <-time.After(jittered):
+		}
+		wait = min(2*wait, lastRetry)
+	}
+}
+
+// once keeps one more connection until it is no longer needed.
+func (k *keeper) once() {
+	k.connect()
+	k.mu.Lock()
+	k.extra--
+	k.mu.Unlock()
+}
+
+// grow reports whether one more connection is to be made: all carry streams. It asks idle
+// ones beyond the least number to go.
+func (k *keeper) grow() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	busy := 0
+	for _, s := range k.sessions {
+		if s.Streams() > 1 { // one is the hello's
+			busy++
+			delete(k.idle, s)
+			continue
+		}
+		if since, ok := k.idle[s]; !ok {
+			k.idle[s] = time.Now()
+		} else if len(k.sessions) > k.links.opts.Least && len(k.sessions)-busy > 1 && time.Since(since) > shrinkAfter && s.Usable() {
+			k.idle[s] = time.Now()
+			go k.retire(s)
+			return false
+		}
+	}
+	if len(k.sessions) >= k.links.opts.Least && busy == len(k.sessions) && k.links.opts.Least+k.extra < k.links.opts.Most {
+		k.extra++
+		return true
+	}
+	return false
+}
+
+// retire ends a session once it carries nothing.
+func (k *keeper) retire(s *mux.Session) {
+	s.GoAway()
+	drain(k.alive, s, DrainTimeout)
+}
+
+// replace ends a session that is off the list once another one has taken its place: all are
+// renewed at once, and the other end must not be without any meanwhile.
+func (k *keeper) replace(s *mux.Session) {
+	until := k.links.oldUntil()
+	for time.Until(until) > 0 && !k.usable() {
+		select {
+		case <-s.Done():
+			return
+		case <-k.ctx.Done():
+			until = time.Now()
+		case <-time.After(20 * time.Millisecond):
+		}
+	}
+	s.GoAway()
+	drain(k.alive, s, time.Until(k.links.oldUntil()))
+}
+
+// usable reports whether a session of the list takes streams.
+func (k *keeper) usable() bool {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	return slices.ContainsFunc(k.sessions, (*mux.Session).Usable)
+}
+
+// drain waits until a session carries no streams but the hello's, and ends it.
+func drain(ctx context.Context, s *mux.Session, most time.Duration) {
+	ticker := time.NewTicker(100 * time.Millisecond)
+	defer ticker.Stop()
+	timeout := time.NewTimer(most)
+	defer timeout.Stop()
+	quiet := 0
+	for quiet < 2 { // a stream may have been opened before the go-away arrived
+		select {
+		case <-s.Done():
+			return
+		case <-ctx.Done():
+			quiet = 2
+		case <-timeout.C:
+			quiet = 2
+		case <-ticker.C:
+			if s.Streams() > 1 {
+				quiet = 0
+			} else {
+				quiet++
+			}
+		}
+	}
+	s.CloseWith("no longer needed")
+}
+
+// connect makes one connection and stays until it ends.
+func (k *keeper) connect() {
+	l := k.links
+	s, err := k.dial()
+	if err != nil {
+		if k.ctx.Err() != nil {
+			return
+		}
+		k.failing(err)
+		return
+	}
+	remove := l.Add(s, k.hub.ServerName)
+	k.mu.Lock()
+	k.sessions = append(k.sessions, s)
+	n := len(k.sessions)
+	k.mu.Unlock()
+	l.opts.Meter.Sessions(k.hub.ServerName, n)
+	l.lmu.Lock()
+	delete(l.failed, k.hub.ServerName)
+	l.lmu.Unlock()
+	l.opts.Logger.Debug("connected", "hub", k.hub.ServerName, "address", k.hub.Address, "connections", n)
+
+	asked := k.hold(s)
+	remove()
+	n = k.forget(s)
+	l.opts.Meter.Sessions(k.hub.ServerName, n)
+	if !asked {
+		l.opts.Meter.Lost()
+		l.opts.Logger.Warn("connection lost", "hub", k.hub.ServerName, "address", k.hub.Address, "connections", n, "error", s.Err())
+	}
+	if n == 0 && k.ctx.Err() == nil && !asked {
+		l.lmu.Lock()
+		l.failed[k.hub.ServerName] = s.Err().Error()
+		l.lmu.Unlock()
+	}
+}
+
+// forget takes a session off the list and returns how many are left.
+func (k *keeper) forget(s *mux.Session) int {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	k.sessions = slices.DeleteFunc(k.sessions, func(x *mux.Session) bool { return x == s })
+	delete(k.idle, s)
+	return len(k.sessions)
+}
+
+// failing notes and logs an error, once per kind.
+func (k *keeper) failing(err error) {
+	l := k.links
+	k.mu.Lock()
+	connected := len(k.sessions) > 0
+	k.mu.Unlock()
+	l.lmu.Lock()
+	known := l.failed[k.hub.ServerName] == err.Error()
+	if !connected {
+		l.failed[k.hub.ServerName] = err.Error()
+	}
+	l.lmu.Unlock()
+	if !known {
+		l.opts.Logger.Warn("cannot connect", "hub", k.hub.ServerName, "address", k.hub.Address, "error", err)
+	}
+}
+
+// hold stays until a session ends; asked: one of the ends wanted it to.
+func (k *keeper) hold(s *mux.Session) (asked bool) {
+	ticker := time.NewTicker(time.Second)
+	defer ticker.Stop()
+	stop := k.ctx.Done()
+	renewed := k.links.onRenew()
+	for {
+		select {
+		case <-s.Done():
+			return asked || s.Draining()
+		case <-renewed:
+			go k.replace(s)
+			return true
+		case <-stop:
+			asked, stop = true, nil
+			s.GoAway()
+			go drain(k.alive, s, DrainTimeout)
+		case <-ticker.C:
+			if !asked && s.Draining() && s.Err() == nil { // the hub is about to stop
+				return true
+			}
+		}
+	}
+}
+
+// dial connects and says hello.
+func (k *keeper) dial() (*mux.Session, error) {
+	l := k.links
+	ctx, cancel := context.WithTimeout(k.ctx, handshakeTimeout)
+	defer cancel()
+	raw, err := l.opts.Dialer.DialContext(ctx, k.hub.Address)
+	if err != nil {
+		return nil, err
+	}
+	conn := tls.Client(mux.Cork(raw), l.opts.TLS(k.hub.ServerName))
+	if err := handshake(ctx, conn); err != nil {
+		return nil, errors.Join(err, raw.Close())
+	}
+	s := mux.New(conn, mux.Config{Dialer: true, Accept: l.opts.Accept, Keepalive: Keepalive, DeadAfter: DeadAfter})
+	if err := k.hello(ctx, s); err != nil {
+		s.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+// handshake runs on a goroutine of its own: what its stack needs is given back at once.
+func handshake(ctx context.Context, conn *tls.Conn) error {
+	failed := make(chan error, 1)
+	go func() { failed <- conn.HandshakeContext(ctx) }()
+	return <-failed
+}
+
+// hello says who we are and waits for the hub's first answer: in TLS 1.3 a refused
+// certificate is only seen then. Later messages are followed while the session lives.
+func (k *keeper) hello(ctx context.Context, s *mux.Session) error {
+	st, err := s.Open(wire.Open{Kind: wire.StreamHello}.Append(nil))
+	if err != nil {
+		return err
+	}
+	if _, err := st.Answer(ctx); err != nil {
+		var reset *mux.ResetError
+		if errors.As(err, &reset) {
+			return wire.ParseRefusal(reset.Reason)
+		}
+		return err
+	}
+	if err := wire.WriteJSON(st, k.links.opts.Hello); err != nil {
+		return err
+	}
+	var w wire.Welcome
+	if err := wire.ReadJSON(st, &w); err != nil {
+		return err
+	}
+	k.links.learn(w)
+	go func() {
+		for {
+			var w wire.Welcome
+			if err := wire.ReadJSON(st, &w); err != nil {
+				return
+			}
+			k.links.learn(w)
+		}
+	}()
+	return nil
+}
