@@ -72,22 +72,25 @@ type fleet struct {
 	table  front.Table
 }
 
-func newFleet(t *testing.T, spokes, fronts int) *fleet {
+// newFleet has so many spokes at the first front, at the second, and so on.
+func newFleet(t *testing.T, spokes ...int) *fleet {
 	t.Helper()
 	x := &fleet{tenant: newTenant(t, "u1")}
 	x.startHubs(1)
 	hubAt := x.hubs[0].spokes.Addr().String()
 	x.table = front.Table{Routes: []front.Route{{ServerName: wire.HubServerName("u1", 0, ""), Tenant: "u1", Backends: []front.Backend{{Address: hubAt}}}}}
-	for i := range fronts {
+	all := 0
+	for i, count := range spokes {
 		f := &frontProcess{t: t, at: "127.0.0.1:0", index: byte(10 + i)}
 		f.start(x.table)
 		t.Cleanup(f.kill)
 		x.fronts = append(x.fronts, f)
+		for range count {
+			x.join(fmt.Sprintf("spoke-%d", all), f)
+			all++
+		}
 	}
-	for i := range spokes {
-		x.join(fmt.Sprintf("spoke-%d", i), x.fronts[i%fronts])
-	}
-	x.await(spokes, 30*time.Second)
+	x.await(all, 30*time.Second)
 	return x
 }
 
@@ -142,7 +145,8 @@ func size() int {
 // other front notice nothing (FAULTS 20).
 func TestFrontRestarted(t *testing.T) {
 	n := size()
-	x := newFleet(t, n, 2)
+	const part = 4 // of as many are at the front that is left alone
+	x := newFleet(t, n, n/part)
 	e := x.startEgress()
 	to := serve(t, func(c *net.TCPConn) { // says behind which front the spoke is
 		_, _ = c.Write([]byte{c.RemoteAddr().(*net.TCPAddr).IP.To4()[3]})
@@ -188,7 +192,7 @@ func TestFrontRestarted(t *testing.T) {
 	x.fronts[0].kill()
 	time.Sleep(time.Second)
 	x.fronts[0].start(x.table)
-	took := x.await(n, 10*time.Second)
+	took := x.await(n+n/part, 10*time.Second)
 	close(quit)
 	flows.Wait()
 	t.Logf("%d spokes back %s after the front's restart; of %d and %d streams through it and the other one %d and %d were cut",
@@ -208,7 +212,7 @@ func TestFrontRestarted(t *testing.T) {
 // the same instant, and nothing is left of the connections that were lost.
 func TestSpokesComeBackAtOnce(t *testing.T) {
 	n := size()
-	x := newFleet(t, n, 1)
+	x := newFleet(t, n)
 	before := used()
 	old := x.hubs[0]
 	old.kill()

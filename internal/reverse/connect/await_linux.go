@@ -5,13 +5,15 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/culvert-vpn/culvert/internal/reverse/mux"
 )
 
 // awaitRead waits until the client has read the answer: kube-apiserver takes bytes of the
 // target's that come along with it for an error, and a Unix socket hands out both in one
 // read. Over TLS the answer is a record of its own, which is as good.
 func awaitRead(conn net.Conn) {
-	c, ok := conn.(*net.UnixConn)
+	c, ok := conn.(*mux.Held)
 	if !ok {
 		return
 	}

@@ -106,6 +106,7 @@ func temporary(err error) bool {
 }
 
 func (s *Server) serve(ctx context.Context, conn net.Conn, web *webServer) {
+	conn = mux.Hold(conn) // so that a cut is told to who has sent no more than this request
 	_ = conn.SetDeadline(time.Now().Add(headTimeout))
 	if t, ok := conn.(*tls.Conn); ok {
 		if t.HandshakeContext(ctx) != nil {
@@ -125,7 +126,7 @@ func (s *Server) serve(ctx context.Context, conn net.Conn, web *webServer) {
 	head, rest, refusal := readHead(conn)
 	if refusal != nil && refusal.Reason == wire.ReasonNotAllowed && web != nil {
 		_ = conn.SetDeadline(time.Time{})
-		web.take(&prefixed{Conn: conn, prefix: head})
+		web.take(&prefixed{Conn: mux.Release(conn), prefix: head})
 		return
 	}
 	var target string
@@ -172,6 +173,7 @@ func readHead(conn net.Conn) (head, rest []byte, refusal *wire.Refusal) {
 
 // refuse answers a refusal and closes the connection.
 func (s *Server) refuse(conn net.Conn, r *wire.Refusal) {
+	conn = mux.Release(conn)
 	defer conn.Close()
 	if r.Reason == wire.ReasonCancelled && r.Message == "" {
 		return // a probe of the port

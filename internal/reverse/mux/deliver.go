@@ -53,6 +53,9 @@ func writeChunks(w io.Writer, list []*chunk) (total int64, err error) {
 		return total, nil
 	}
 	defer freeAll(list)
+	if h, ok := w.(*Held); ok {
+		w = h.UnixConn
+	}
 	switch w := w.(type) {
 	case *net.TCPConn, *net.UnixConn:
 		if len(list) > 1 {

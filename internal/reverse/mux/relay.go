@@ -13,7 +13,7 @@ import (
 )
 
 // Conn is what Relay joins: a connection whose directions end one by one. *net.TCPConn,
-// *net.UnixConn, *tls.Conn and *Stream are.
+// *net.UnixConn, *Held, *tls.Conn and *Stream are.
 type Conn interface {
 	net.Conn
 	CloseWrite() error
@@ -51,7 +51,7 @@ func RelayAfter(ready func(), a, b Conn) (there, back int64, err error) {
 			// Who no longer reads may have said something before: the other direction brings
 			// that, and ends by itself. Meanwhile nothing may pile up here, since closing a
 			// socket with something to read throws away what is still to be sent. A Unix socket
-			// does not, and it is how its other end is told of a cut.
+			// does not, and it is how its other end is told of a cut: see Held.
 			if !(isStream(dst) && isUnix(src)) {
 				discard(src)
 			}
@@ -66,12 +66,22 @@ func RelayAfter(ready func(), a, b Conn) (there, back int64, err error) {
 	wg.Go(func() { ready(); pump(a, b, &back) })
 	pump(b, a, &there)
 	wg.Wait()
+	if err == nil {
+		_, _ = Release(a), Release(b)
+	}
 	_, _ = a.Close(), b.Close()
 	return there, back, err
 }
 
 func isStream(c Conn) bool { _, ok := c.(*Stream); return ok }
-func isUnix(c Conn) bool   { _, ok := c.(*net.UnixConn); return ok }
+
+func isUnix(c Conn) bool {
+	switch c.(type) {
+	case *net.UnixConn, *Held:
+		return true
+	}
+	return false
+}
 
 // discardFor is how long the rest of a direction that nobody reads is taken off.
 const discardFor = 5 * time.Second
@@ -112,7 +122,7 @@ func Cause(err error) *wire.Refusal {
 
 // Cut closes a connection so that the other side does not take it for a clean end, as far
 // as its kind allows. A Unix socket's other end reads ECONNRESET only when something that
-// it wrote has not been read here, else an end (Linux, unix_release_sock).
+// it wrote has not been read here, else an end (Linux, unix_release_sock): see Held.
 func Cut(c Conn) {
 	switch c := c.(type) {
 	case *net.TCPConn:
@@ -138,9 +148,12 @@ func transfer(dst, src Conn) (int64, error) {
 	if st, ok := src.(*Stream); ok {
 		return st.WriteTo(dst)
 	}
+	if h, ok := src.(*Held); ok {
+		return pumpRaw(dst, h.raw, h.receive)
+	}
 	if sc, ok := src.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
-			return pumpRaw(dst, raw)
+			return pumpRaw(dst, raw, syscall.Read)
 		}
 	}
 	return pumpPlain(dst, src)
@@ -148,7 +161,7 @@ func transfer(dst, src Conn) (int64, error) {
 
 // pumpRaw takes a buffer only once there is something to read: a thousand idle
 // connections hold none.
-func pumpRaw(dst io.Writer, raw syscall.RawConn) (total int64, err error) {
+func pumpRaw(dst io.Writer, raw syscall.RawConn, receive func(fd int, b []byte) (int, error)) (total int64, err error) {
 	for {
 		var c *chunk
 		var n int
@@ -156,7 +169,7 @@ func pumpRaw(dst io.Writer, raw syscall.RawConn) (total int64, err error) {
 		err := raw.Read(func(fd uintptr) bool {
 			c = largePool.Get().(*chunk)
 			for {
-				n, failed = syscall.Read(int(fd), c.buf[headroom:])
+				n, failed = receive(int(fd), c.buf[headroom:])
 				if !errors.Is(failed, syscall.EINTR) {
 					break
 				}
