@@ -76,7 +76,7 @@ if [[ ${BASH_SOURCE[0]} == "$0" ]]; then
 	set -euo pipefail
 	root=$(cache_root)
 	if [[ ${1:-} == clean ]]; then
-		rm -rf "${root:?}"/{bench,cilium,debian,helm,kernel,kubernetes,tools}
+		rm -rf "${root:?}"/{bench,cilium,debian,helm,kernel,kubernetes,passed,tools}
 	else
 		echo "$root"
 	fi

@@ -3,6 +3,8 @@
 # ARGS="-run TestX -count=1" is passed on to go test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+# shellcheck source=hack/cache.sh
+. hack/cache.sh
 
 # Packages whose tests build networks of namespaces.
 namespaces() {
@@ -23,10 +25,7 @@ measures() {
 	done
 }
 
-# state names everything that a test can see of the checkout, but for texts, and of the machine. The
-# go command knows only what a test imports and opens, and not what the programs see that it
-# runs. So tests of programs get it as a pattern of tests to skip, which matches none: go test
-# serves a result from its cache only to the same arguments.
+# state names everything that a test can see of the checkout, but for texts, and of the machine.
 state() {
 	{
 		git ls-files -z --cached --others --exclude-standard -- ':!*.md' | xargs -0 sha256sum || date +%s%N # unknown: no other's result
@@ -35,83 +34,112 @@ state() {
 		nproc
 		go env GOVERSION GOARCH
 		dpkg-query -W || true
-	} 2>/dev/null | sha256sum | cut -c1-16 | sed 's/^/state-/'
+		env | grep -E '^(CI|CULVERT_[A-Z]+)=' | sort || true
+	} 2>/dev/null | sha256sum | cut -c1-16
+}
+
+# fresh PART PACKAGES… leaves, in packages, those that have not passed in the same state, and says so of
+# the others. The go command's own cache does not serve here: it knows what a test imports and opens,
+# and not what the programs see that a test runs, and it takes another checkout for another module.
+fresh() {
+	local package
+	passed=$results/$1
+	packages=
+	for package in "${@:2}"; do
+		if [[ -n $results && -e $passed/${package//\//_} ]]; then
+			printf 'ok  \t%s\t(cached)\n' "$package"
+		else
+			packages+=" $package"
+		fi
+	done
+}
+
+# run FLAGS… tests the packages that fresh has left, and notes which of them passed.
+run() {
+	if [[ -n $packages ]]; then
+		# shellcheck disable=SC2086 # one word per package and argument
+		go test -json -count=1 "$@" ${ARGS:-} $packages | go run ./hack/results ${results:+-passed "$passed"} || status=1
+	fi
 }
 
 module=$(go list -m)
 lab=$module/internal/lab/labtest
+status=0
+results= # with arguments, nothing is served from there or noted
+if [[ -z ${ARGS:-} ]]; then
+	results=$(cache_root)/passed/$(state)
+	find "$(cache_root)/passed" -mindepth 1 -maxdepth 1 -mtime +30 -exec rm -rf {} + 2>/dev/null || true
+fi
 case "$1" in
 unit)
 	packages=$(comm -23 <(go list ./... | grep -v -E "^$module/test/(kernel|cluster)" | sort) <(namespaces))
 	hack/layer.sh "unit and golden tests: $(wc -w <<<"$packages") packages"
 	hack/helm.sh >/dev/null # not in a test's time
-	flags=(-timeout 5m)
-	# Those that run programs on files.
+	# Of these the go command knows all that they see; the others run programs on files.
 	programs="^$module/(hack|internal/floors|test/chart)$"
-	alone=$(grep -E "$programs" <<<"$packages")
-	packages=$(grep -v -E "$programs" <<<"$packages")
-	flagsAlone=(-timeout 5m -skip "$(state)")
+	# shellcheck disable=SC2046,SC2086 # one word per package and argument
+	{
+		go test -json -timeout 5m ${ARGS:-} $(grep -v -E "$programs" <<<"$packages") | go run ./hack/results || status=1
+		fresh unit $(grep -E "$programs" <<<"$packages")
+		run -timeout 5m
+	}
 	;;
 netlab)
-	packages=$(namespaces)
-	hack/layer.sh "tests in network namespaces: $(wc -w <<<"$packages") packages"
+	all=$(namespaces)
+	hack/layer.sh "tests in network namespaces: $(wc -w <<<"$all") packages"
 	if [[ $EUID -ne 0 ]]; then
 		echo "SKIP: not root: most of them will skip"
 	fi
-	flags=(-timeout 15m)
+	# shellcheck disable=SC2046,SC2086 # one word per package
 	if [[ " ${ARGS:-}" != *" -run"* ]]; then
-		# Most of them wait most of the time: two packages at a time, the longest first; then what
+		# Most of them wait most of the time: several packages at a time, the longest first; then what
 		# measures, alone.
-		packages="$module/test/netlab $(grep -v "^$module/test/netlab$" <<<"$packages")"
-		# shellcheck disable=SC2086 # one word per package
-		alone=$(measures $packages)
-		flags+=(-p 2 -skip "$measuring|$(state)")
-		flagsAlone=(-timeout 15m -p 1 -run "$measuring" -skip "$(state)")
+		fresh netlab "$module/test/netlab" $(grep -v "^$module/test/netlab$" <<<"$all")
+		run -timeout 15m -p 2 -skip "$measuring"
+		fresh measuring $(measures $all)
+		run -timeout 15m -p 1 -run "$measuring"
 	else
-		flags+=(-p 1 -skip "$(state)")
+		fresh netlab $all
+		run -timeout 15m -p 1
 	fi
 	;;
 kernel)
-	packages=./test/kernel
 	hack/layer.sh "tests on Debian's stock kernel in a virtual machine"
 	kernel=$(hack/kernel.sh 2>/dev/null || true)
-	flags=(-timeout 25m -skip "$(state)-${kernel##*/}")
+	fresh "kernel-${kernel##*/}" "$module/test/kernel"
+	run -timeout 25m
 	;;
 cluster)
-	# Those that hold gateways to times, or count what a cluster leaves, have the machine to
-	# themselves. The others mostly wait, so two run at a time, each with a cluster of its own.
-	alone=$(go list ./test/cluster/... | grep -E '/(cluster|gateway|jobs|nodelink)$')
-	packages=$(go list ./test/cluster/... | grep -v -E '/(cluster|gateway|jobs|nodelink|cilium)$')
 	hack/layer.sh "tests in real Kubernetes clusters of two nodes"
-	hack/kubernetes.sh >/dev/null
-	hack/helm.sh >/dev/null
-	hack/image.sh
-	hack/image.sh --check
-	export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar # not once more in each package
-	flags=(-timeout 25m -p 2 -skip "$(state)")
-	flagsAlone=(-timeout 25m -p 1 -skip "$(state)")
+	# They mostly wait: two run at a time, each with a cluster of its own, the longest first. What
+	# they hold to times is the best of several rounds, or has room for a neighbour.
+	longest="$module/test/cluster/gateway $module/test/cluster/encryption $module/test/cluster/chart"
+	# shellcheck disable=SC2046,SC2086 # one word per package
+	fresh cluster $longest $(go list ./test/cluster/... | grep -v -x -F "$(tr ' ' '\n' <<<"$longest $module/test/cluster/cilium")")
+	if [[ -n $packages ]]; then
+		hack/kubernetes.sh >/dev/null
+		hack/helm.sh >/dev/null
+		hack/image.sh
+		hack/image.sh --check
+		export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar # not once more in each package
+		run -timeout 25m -p 2
+	fi
 	;;
 cilium)
-	packages=./test/cluster/cilium
 	hack/layer.sh "tests in a real Kubernetes cluster with a real Cilium"
-	hack/kubernetes.sh >/dev/null
-	hack/cilium.sh >/dev/null
-	hack/helm.sh >/dev/null
-	hack/image.sh
-	export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar
-	flags=(-timeout 25m -skip "$(state)")
+	fresh cilium "$module/test/cluster/cilium"
+	if [[ -n $packages ]]; then
+		hack/kubernetes.sh >/dev/null
+		hack/cilium.sh >/dev/null
+		hack/helm.sh >/dev/null
+		hack/image.sh
+		export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar
+		run -timeout 25m
+	fi
 	;;
 *)
 	echo "usage: $0 unit|netlab|kernel|cluster|cilium" >&2
 	exit 2
 	;;
 esac
-# shellcheck disable=SC2086 # one word per package and argument
-{
-	status=0
-	go test -json "${flags[@]}" ${ARGS:-} $packages || status=$?
-	if [[ -n "${alone:-}" ]]; then
-		go test -json "${flagsAlone[@]}" ${ARGS:-} $alone || status=$?
-	fi
-	exit $status
-} | go run ./hack/results
+exit $status

@@ -1,20 +1,31 @@
 // Results reads the output of "go test -json" on standard input and prints go test's own
 // result lines: for each package, each test and its direct subtests; everything that a
 // failed test said; the reason of a skipped one; and the sums. It exits with 1 when a
-// test failed, a package did not build, or nothing ran.
+// test failed, a package did not build, or nothing ran. With -passed DIRECTORY it makes an empty
+// file there for each package that passed, named after it with _ for /.
 package main
 
 import (
 	"bufio"
 	"encoding/json"
+	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
+	"path/filepath"
+	"slices"
 	"strings"
 )
 
 func main() {
-	failed, err := report(os.Stdin, os.Stdout)
+	passed := flag.String("passed", "", "`directory` for a file for each package that passed")
+	flag.Parse()
+	s := newResults(os.Stdout)
+	failed, err := s.report(os.Stdin)
+	if err == nil && *passed != "" {
+		err = note(*passed, s.whole)
+	}
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "results:", err)
 	}
@@ -38,18 +49,22 @@ type results struct {
 	pending                 map[string]*strings.Builder // what a running test has said, by package and test
 	passed, failed, skipped int
 	broken                  bool
+	whole                   []string // packages that passed
 }
 
-// report copies the result lines of r to w and returns whether anything failed.
-func report(r io.Reader, w io.Writer) (failed bool, err error) {
-	s := &results{w: w, pending: map[string]*strings.Builder{}}
+func newResults(w io.Writer) *results {
+	return &results{w: w, pending: map[string]*strings.Builder{}}
+}
+
+// report copies the result lines of r and returns whether anything failed.
+func (s *results) report(r io.Reader) (failed bool, err error) {
 	lines := bufio.NewScanner(r)
 	lines.Buffer(nil, 16<<20)
 	for lines.Scan() {
 		var e event
 		if json.Unmarshal(lines.Bytes(), &e) != nil {
 			// The go command's own messages come as they are.
-			_, _ = fmt.Fprintln(w, lines.Text())
+			_, _ = fmt.Fprintln(s.w, lines.Text())
 			continue
 		}
 		s.take(e)
@@ -57,7 +72,7 @@ func report(r io.Reader, w io.Writer) (failed bool, err error) {
 	if err := lines.Err(); err != nil {
 		return true, fmt.Errorf("read: %w", err)
 	}
-	_, _ = fmt.Fprintf(w, "%d passed, %d failed, %d skipped\n", s.passed, s.failed, s.skipped)
+	_, _ = fmt.Fprintf(s.w, "%d passed, %d failed, %d skipped\n", s.passed, s.failed, s.skipped)
 	return s.broken || s.passed == 0, nil
 }
 
@@ -73,9 +88,13 @@ func (s *results) take(e event) {
 	case "pass", "fail", "skip":
 		if e.Action == "fail" {
 			s.broken = true
+			s.whole = slices.DeleteFunc(s.whole, func(p string) bool { return p == e.Package })
 		}
-		if e.Test != "" {
+		switch {
+		case e.Test != "":
 			s.end(key, e)
+		case e.Action == "pass":
+			s.whole = append(s.whole, e.Package)
 		}
 	}
 }
@@ -127,6 +146,15 @@ func resultLine(said string) string {
 		}
 	}
 	return ""
+}
+
+// note makes the files of -passed.
+func note(directory string, packages []string) error {
+	errs := []error{os.MkdirAll(directory, 0o755)}
+	for _, p := range packages {
+		errs = append(errs, os.WriteFile(filepath.Join(directory, strings.ReplaceAll(p, "/", "_")), nil, 0o644))
+	}
+	return errors.Join(errs...)
 }
 
 func (s *results) print(text string) {

@@ -58,12 +58,14 @@ func (w *world) ciliumEndpoint(t *testing.T) {
 		"status: {id: 7, state: ready, networking: {node: 172.30.0.11, addressing: [" + own + "]}}\n")
 	all := []string{own, `{"ipv4":"10.99.0.0/24"}`, `{"ipv4":"192.168.50.0/24"}`, `{"ipv6":"fd00:50::/64"}`, `{"ipv6":"fd00:99::/64"}`}
 	w.addressing(5*time.Second, all)
+	var rounds []float64
 	for range 5 {
 		w.Kubectl("-n", "link", "patch", "ciliumendpoint", "culvert-edge-0", "--type=json", "-p",
 			`[{"op":"replace","path":"/status/networking/addressing","value":[`+own+`]}]`)
-		if took := w.addressing(5*time.Second, all); took > time.Second {
-			t.Errorf("written again after %s, want 1 s at most", took)
-		}
+		rounds = append(rounds, w.addressing(5*time.Second, all).Seconds())
+	}
+	if took := labtest.Decisive(rounds, func(a, b float64) bool { return a < b }); took > 1 {
+		t.Errorf("written again after %.2f s, want 1 s at most (rounds %.2f)", took, rounds)
 	}
 	w.masquerade("10.0.0.0/8 10.99.0.0/24 192.168.50.0/24 fd00:50::/64 fd00:99::/64")
 
