@@ -152,7 +152,7 @@ func resultLine(said string) string {
 func note(directory string, packages []string) error {
 	errs := []error{os.MkdirAll(directory, 0o755)}
 	for _, p := range packages {
-		errs = append(errs, os.WriteFile(filepath.Join(directory, strings.ReplaceAll(p, "/", "_")), nil, 0o644))
+		errs = append(errs, os.WriteFile(filepath.Join(directory, strings.ReplaceAll(p, "/", "_")), nil, 0o600))
 	}
 	return errors.Join(errs...)
 }
