@@ -5,12 +5,14 @@ import (
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -148,9 +150,10 @@ func (p *plant) testSpokeDies(t *testing.T) {
 	ended := 0
 	for _, c := range open {
 		select {
-		case err := <-c: // a Unix socket knows no reset
-			ended++
-			t.Logf("a stream of the spoke that died: %v", err)
+		case err := <-c:
+			if ended++; !errors.Is(err, syscall.ECONNRESET) {
+				t.Errorf("a stream of the spoke that died: %v, want %v", err, syscall.ECONNRESET)
+			}
 		default:
 		}
 	}
@@ -236,7 +239,9 @@ func (p *plant) testRevoked(t *testing.T) {
 	p.culvert(t, "join", "revoke", x.name, "-n", x.namespace, "--as", name)
 	select {
 	case err := <-open:
-		t.Logf("a stream of a revoked spoke: %v", err)
+		if !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("a stream of a revoked spoke: %v, want %v", err, syscall.ECONNRESET)
+		}
 	case <-time.After(10 * time.Second):
 		t.Error("a connection of a revoked spoke is still open after 10 s")
 	}
