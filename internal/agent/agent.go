@@ -40,6 +40,9 @@ type Options struct {
 	// CNI says where the node's network configurations are: while plain packets are dropped,
 	// no pod gets a network before the guard stands. Nil: pods do not wait.
 	CNI *cni.Options
+	// CiliumSocket is the one of the node's Cilium agent, for gateways with nodeLink: CiliumEndpoint;
+	// empty: there are none.
+	CiliumSocket string
 	// HTTP is where health and metrics are served, "address:port"; empty: nowhere.
 	HTTP string
 	// PProf serves profiles beside the metrics.
@@ -83,6 +86,8 @@ type Agent struct {
 	route *route.Route
 	pods  *pods
 
+	sources *sources
+
 	encryption *encryption
 
 	// Owned by the loop.
@@ -123,6 +128,7 @@ func (a *Agent) open() error {
 		return err
 	}
 	a.pods = newPods(a.route)
+	a.sources = newSources(a.opts.CiliumSocket, a.log)
 	a.encryption, err = newEncryption(a.opts, a.route)
 	return err
 }
@@ -140,7 +146,7 @@ func Cleanup(opts Options) error {
 // remove takes everything down; routes and links before what guards them.
 func (a *Agent) remove() error {
 	_, err := a.encryption.chain.Set(false)
-	return errors.Join(err, a.encryption.remove(), a.route.Close(), a.nft.Close(), a.encryption.guard.Remove(context.Background()))
+	return errors.Join(err, a.sources.remove(), a.encryption.remove(), a.route.Close(), a.nft.Close(), a.encryption.guard.Remove(context.Background()))
 }
 
 // end lets go of everything, or removes it.
@@ -172,6 +178,7 @@ func (a *Agent) serve(ctx context.Context) error {
 		return errors.Join(err, group.Wait())
 	}
 	group.Go("agent", a.loop)
+	group.Go("sources", a.sources.run)
 	return group.Wait()
 }
 
@@ -243,6 +250,7 @@ func (a *Agent) steps(result plan.NodeResult, n node) []step {
 		{"links", func(ctx context.Context) (int, error) { return a.route.SetLinks(ctx, s.Links) }},
 		{"routes", func(ctx context.Context) (int, error) { return a.encryption.setRoutes(ctx, s) }},
 		{"pods", func(ctx context.Context) (int, error) { return a.pods.set(ctx, n.local, plan.GatewayPodSysctls()) }},
+		{"source verification", func(context.Context) (int, error) { return a.sources.set(n) }},
 		{"addresses", func(ctx context.Context) (int, error) { return a.setLinkAddresses(ctx, n) }},
 		{"node tunnel", func(ctx context.Context) (int, error) { return a.encryption.tell(ctx, n, result.Encryption) }},
 	}, a.encryption.after(s))

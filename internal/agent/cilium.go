@@ -3,9 +3,11 @@ package agent
 import (
 	"context"
 	"fmt"
+	"net/netip"
 	"slices"
 	"time"
 
+	"github.com/vishvananda/netlink"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -13,6 +15,7 @@ import (
 	"github.com/culvert-vpn/culvert/internal/cilium"
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/netstate"
+	"github.com/culvert-vpn/culvert/internal/plan"
 )
 
 // CiliumCluster is a Cluster whose network plugin may be Cilium.
@@ -35,7 +38,26 @@ func (k *Kubernetes) Cilium(ctx context.Context) (cilium.Settings, error) {
 }
 
 // ciliumLink is on every node that Cilium's agent has run on.
-const ciliumLink = "cilium_host"
+const ciliumLink = plan.CiliumHost
+
+// ciliumHost are the node's addresses at that link; none where Cilium has no tunnels between nodes.
+func ciliumHost() []netip.Addr {
+	l, err := netlink.LinkByName(ciliumLink)
+	if err != nil || !exists("cilium_vxlan") && !exists("cilium_geneve") {
+		return nil
+	}
+	list, err := netlink.AddrList(l, netlink.FAMILY_ALL)
+	if err != nil {
+		return nil
+	}
+	var out []netip.Addr
+	for _, a := range list {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok && !ip.IsLinkLocalUnicast() {
+			out = append(out, ip.Unmap())
+		}
+	}
+	return out
+}
 
 // ciliumInside are links of Cilium's that lead nowhere but into the node: what arrives by its
 // overlay's has been judged in the packet around it.

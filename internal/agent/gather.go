@@ -36,7 +36,7 @@ func (a *Agent) gather(ctx context.Context) (node, error) {
 	if err != nil {
 		return node{}, err
 	}
-	n := node{facts: plan.NodeFacts{Pods: map[model.ID][]plan.GatewayPod{}, Links: map[netip.Addr]string{}, OnLink: map[netip.Addr]bool{}}}
+	n := node{facts: plan.NodeFacts{Pods: map[model.ID][]plan.GatewayPod{}, Links: map[netip.Addr]string{}, LinkLocals: map[netip.Addr]netip.Addr{}, OnLink: map[netip.Addr]bool{}}}
 	var found model.ClusterRanges
 	for _, d := range objects.All() {
 		gw, ok := d.Object.(*v1alpha1.VPNGateway)
@@ -169,11 +169,15 @@ func (a *Agent) look(ctx context.Context, n *node) {
 		n.linkAddresses = append(n.linkAddresses, s)
 	}
 	slices.SortFunc(n.linkAddresses, netip.Addr.Compare)
+	if slices.ContainsFunc(n.model.Gateways, func(gw *model.Gateway) bool { return len(plan.BehindGateway(gw)) > 0 }) {
+		n.facts.CiliumHost = ciliumHost()
+	}
 	a.pods.find(n.local)
 	for _, pod := range n.local {
 		for _, ip := range pod.PodIPs {
 			if link := a.pods.link(ip); link != "" {
 				n.facts.Links[ip] = link
+				n.facts.LinkLocals[ip] = a.pods.found[ip].local
 			}
 		}
 	}

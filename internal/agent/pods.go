@@ -31,7 +31,8 @@ type pods struct {
 type podNamespace struct {
 	file  string // /proc/PID/ns/net
 	stat  os.FileInfo
-	index int // of the node's end of the pod's link; 0: it has none
+	index int        // of the node's end of the pod's link; 0: it has none
+	local netip.Addr // the pod's link-local address at its end; zero: it has none
 }
 
 func newPods(r *route.Route) *pods {
@@ -76,17 +77,22 @@ func (p *pods) search(missing map[netip.Addr]bool) {
 			continue
 		}
 		seen = append(seen, st)
-		for ip, index := range addressesIn(file) {
+		for ip, end := range addressesIn(file) {
 			if missing[ip] {
-				p.found[ip] = podNamespace{file: file, stat: st, index: index}
+				p.found[ip] = podNamespace{file: file, stat: st, index: end.index, local: end.local}
 			}
 		}
 	}
 }
 
-// addressesIn lists the addresses in a namespace, each with the index of its link's other
-// end; none when it is gone by now.
-func addressesIn(file string) map[netip.Addr]int {
+// linkEnd is a link in a namespace: the index of its other end, and its link-local address.
+type linkEnd struct {
+	index int
+	local netip.Addr
+}
+
+// addressesIn lists the addresses in a namespace, each with its link; none when it is gone by now.
+func addressesIn(file string) map[netip.Addr]linkEnd {
 	ns, err := netns.GetFromPath(file)
 	if err != nil {
 		return nil
@@ -101,15 +107,21 @@ func addressesIn(file string) map[netip.Addr]int {
 	if err != nil {
 		return nil
 	}
-	out := map[netip.Addr]int{}
+	out := map[netip.Addr]linkEnd{}
 	for _, l := range links {
 		list, err := h.AddrList(l, netlink.FAMILY_ALL)
 		if err != nil || l.Attrs().Flags&net.FlagLoopback != 0 {
 			continue
 		}
+		end := linkEnd{index: l.Attrs().ParentIndex}
+		for _, a := range list {
+			if ip, ok := netip.AddrFromSlice(a.IP); ok && ip.Is6() && ip.IsLinkLocalUnicast() {
+				end.local = ip
+			}
+		}
 		for _, a := range list {
 			if ip, ok := netip.AddrFromSlice(a.IP); ok {
-				out[ip.Unmap()] = l.Attrs().ParentIndex
+				out[ip.Unmap()] = end
 			}
 		}
 	}

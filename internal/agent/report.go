@@ -10,6 +10,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/culvert-vpn/culvert/internal/netstate"
 	"github.com/culvert-vpn/culvert/internal/plan"
 	"github.com/culvert-vpn/culvert/internal/process"
 )
@@ -42,7 +43,7 @@ func (a *Agent) publish(ctx context.Context, n node, result plan.NodeResult) {
 	a.said = result.Waiting
 	r := Report{Node: a.opts.Node, Waiting: result.Waiting, Errors: maps.Clone(a.failed), Problems: len(n.problems)}
 	for _, x := range result.State.Routes {
-		if x.Via.IsValid() {
+		if x.Kind == netstate.RouteUnicast {
 			r.Ranges++
 		}
 	}

@@ -20,7 +20,7 @@ import (
 
 // reasonNetworkPlugin is of a NodeEncryption that cannot keep its promise beside the cluster's
 // network plugin.
-const reasonNetworkPlugin = "NetworkPlugin"
+const reasonNetworkPlugin = model.ReasonNetworkPlugin
 
 // reasonPodsUnknown is of a NodeTunnel whose node has pods that are in none of its ranges.
 const reasonPodsUnknown = "PodsNotRecognised"

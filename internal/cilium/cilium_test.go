@@ -21,7 +21,8 @@ func TestAddressing(t *testing.T) {
 	own := map[string]any{"ipv4": "10.0.1.5", "ipv6": "fd00::5"}
 	stale := map[string]any{"ipv4": "192.168.1.0/24"}
 	got := addressing([]any{stale, own}, prefixes("192.168.50.0/24", "fd00:50::/64", "192.168.60.7/32"))
-	want := []any{own, map[string]any{"ipv4": "192.168.50.0/24"}, map[string]any{"ipv6": "fd00:50::/64"}, map[string]any{"ipv4": "192.168.60.7/32"}}
+	want := []any{own, map[string]any{"ipv4": "192.168.50.0/25"}, map[string]any{"ipv4": "192.168.50.128/25"},
+		map[string]any{"ipv6": "fd00:50::/65"}, map[string]any{"ipv6": "fd00:50:0:0:8000::/65"}, map[string]any{"ipv4": "192.168.60.7/32"}}
 	if diff := cmp.Diff(want, got); diff != "" {
 		t.Errorf("addressing (-want +got):\n%s", diff)
 	}

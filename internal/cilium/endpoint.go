@@ -45,10 +45,16 @@ func (c *Cilium) setEndpoint(ctx context.Context, k name, o *unstructured.Unstru
 	return fmt.Errorf("CiliumEndpoint %s/%s: %w", k.namespace, k.name, err)
 }
 
-// addressing is the list with the pod's own addresses first, then the ranges.
+// addressing is the list with the pod's own addresses first, then the ranges, each in halves: a
+// policy that names exactly a range makes Cilium give what it knows of that prefix another
+// identity, without a way to the pod; what lies in a longer prefix goes by that one.
 func addressing(have []any, ranges []netip.Prefix) []any {
 	out := own(have)
+	var parts []netip.Prefix
 	for _, r := range ranges {
+		parts = append(parts, halves(r)...)
+	}
+	for _, r := range parts {
 		field := "ipv6"
 		if r.Addr().Is4() {
 			field = "ipv4"
@@ -56,6 +62,17 @@ func addressing(have []any, ranges []netip.Prefix) []any {
 		out = append(out, map[string]any{field: r.String()})
 	}
 	return out
+}
+
+// halves are the two of a range; the range itself when it is one address.
+func halves(r netip.Prefix) []netip.Prefix {
+	if r.IsSingleIP() {
+		return []netip.Prefix{r}
+	}
+	bytes, bit := r.Masked().Addr().AsSlice(), r.Bits()
+	bytes[bit/8] |= 0x80 >> (bit % 8)
+	upper, _ := netip.AddrFromSlice(bytes)
+	return []netip.Prefix{netip.PrefixFrom(r.Masked().Addr(), bit+1), netip.PrefixFrom(upper, bit+1)}
 }
 
 // own are the entries that Cilium has written.

@@ -3,7 +3,6 @@ package cilium
 import (
 	"fmt"
 	"strconv"
-	"strings"
 )
 
 // Where Cilium's own chart keeps its configuration.
@@ -51,6 +50,16 @@ func (s Settings) RefusesEncryption() string {
 	return ""
 }
 
+// RefusesEndpoints says in one line why a Cilium with these settings does not carry what is
+// behind a gateway's pod (nodeLink: CiliumEndpoint), and what to do; empty: it does. What was
+// tried stands in docs/install-cilium.md.
+func (s Settings) RefusesEndpoints() string {
+	if s.Native() {
+		return "with native routing packets would leave the nodes with the addresses of sites, which fabrics drop: set Encapsulated, or Direct where the fabric lets them pass"
+	}
+	return ""
+}
+
 // RefusesChain says in one line why no plug-in of ours can stand behind Cilium's, and what to do;
 // empty: it can.
 func (s Settings) RefusesChain() string {
@@ -58,14 +67,4 @@ func (s Settings) RefusesChain() string {
 		return ""
 	}
 	return "Cilium removes network configurations of others (cni.exclusive), so that pods of a booting node do not wait for its guard: set cni.exclusive=false"
-}
-
-// VerifiesSources tells whether agents of a version ("1.15.19") drop whatever a pod sends with an
-// address that is not its own, and cannot be told by an annotation not to: those before 1.20. Of
-// a version that is none of Cilium's nothing is known.
-func VerifiesSources(version string) bool {
-	major, rest, _ := strings.Cut(version, ".")
-	minor, _, _ := strings.Cut(rest, ".")
-	n, err := strconv.Atoi(minor)
-	return major == "1" && err == nil && n < 20
 }

@@ -35,10 +35,15 @@ func TestEncryptionBesideSettings(t *testing.T) {
 	}
 }
 
-func TestVerifiesSources(t *testing.T) {
-	for version, want := range map[string]bool{"1.15.19": true, "1.19.0-rc.1": true, "1.20.2": false, "2.1.0": false, "unknown (no tag)": false, "": false} {
-		if got := VerifiesSources(version); got != want {
-			t.Errorf("version %q: %v, want %v", version, got, want)
+func TestEndpointsBesideSettings(t *testing.T) {
+	for _, s := range []Settings{nil, {"routing-mode": "tunnel"}, {"kube-proxy-replacement": "true", "tunnel": "geneve"}} {
+		if why := s.RefusesEndpoints(); why != "" {
+			t.Errorf("%v: refused: %s", s, why)
+		}
+	}
+	for _, s := range []Settings{{"routing-mode": "native"}, {"tunnel": "disabled"}} {
+		if why := s.RefusesEndpoints(); !strings.Contains(why, "set Encapsulated") {
+			t.Errorf("%v: refused %q", s, why)
 		}
 	}
 }

@@ -74,6 +74,7 @@ node that an agent left otherwise, 'culvert agent cleanup' removes it.`,
 	f.StringVar(&opts.State, "state", "/var/lib/culvert-agent", "directory for this node's key and guard (NodeEncryption), which must outlive the agent and a restart of the node")
 	f.Var(prefixes{&opts.PodRanges}, "pod-range", "range of the cluster's pods (repeatable), beyond those of Nodes and VPNGateways: with a NodeEncryption nothing leaves for it in the clear")
 	cniOpts.flags(cmd, "", "")
+	f.StringVar(&opts.CiliumSocket, "cilium-socket", "", "the socket of this node's Cilium agent (usually /var/run/cilium/cilium.sock), for gateways with nodeLink: CiliumEndpoint: Cilium is told not to verify the sources of their pods; empty: that link does not work")
 	f.StringVar(&opts.HTTP, "http", "127.0.0.1:9591", "address:port for /healthz, /readyz and /metrics; empty: none")
 	f.BoolVar(&opts.PProf, "pprof", false, "serve /debug/pprof beside the metrics")
 	f.StringVar(&log.Level, "log-level", "info", "debug, info, warn or error")

@@ -120,14 +120,11 @@ func judgeCilium(config cilium.Settings, version string, links map[string]string
 		if links[name] != "CiliumEndpoint" {
 			continue
 		}
-		if cilium.VerifiesSources(version) {
-			f.add(findingFail, "VPNGateway "+name, "nodeLink CiliumEndpoint does not work with Cilium %s, which drops what the gateway's pod sends with the addresses of sites, and before 1.20 has no annotation against that: set Encapsulated", version)
-		} else {
-			f.add(findingNote, "VPNGateway "+name, "nodeLink CiliumEndpoint: a cluster administrator must let the namespace lift source verification, ipBlock policies do not see sites, and it was not tried with agents that run: Encapsulated needs neither")
+		if why := config.RefusesEndpoints(); why != "" {
+			f.add(findingFail, "VPNGateway "+name, "nodeLink CiliumEndpoint is refused: %s", why)
+			continue
 		}
-		if routing == "tunnel" && !on("enable-endpoint-routes") {
-			f.add(findingNote, "Cilium: enable-endpoint-routes", "false: with nodeLink CiliumEndpoint the agent's routes are on-link ones to the pod's interface; nothing to change")
-		}
+		f.add(findingOK, "VPNGateway "+name, "nodeLink CiliumEndpoint: the agent on the gateway's node has Cilium %s pass what the gateway's pod sends with the addresses of sites; ipBlock policies do not see sites", version)
 		if on("enable-cilium-endpoint-slice") {
 			f.add(findingNote, "Cilium: enable-cilium-endpoint-slice", "true: the ranges of %s travel to other nodes by Cilium's operator, which was not tried: prefer Encapsulated", name)
 		}

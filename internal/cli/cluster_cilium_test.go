@@ -35,16 +35,17 @@ func TestJudgeCilium(t *testing.T) {
 			encrypts: true, broken: true,
 			want: []string{"FAIL Cilium: NodeEncryption is refused", "or kubeProxyReplacement=false"},
 		},
-		"the endpoint's way before 1.20": {
+		"the endpoint's way without tunnels": {
 			version: "1.15.19", broken: true,
-			links: map[string]string{"vpn/edge": "CiliumEndpoint", "vpn/hq": "Encapsulated"},
-			want:  []string{"FAIL VPNGateway vpn/edge nodeLink CiliumEndpoint does not work with Cilium 1.15.19", "set Encapsulated"},
+			config: map[string]string{"routing-mode": "native"},
+			links:  map[string]string{"vpn/edge": "CiliumEndpoint", "vpn/hq": "Encapsulated"},
+			want:   []string{"FAIL VPNGateway vpn/edge nodeLink CiliumEndpoint is refused", "set Encapsulated"},
 		},
 		"the endpoint's way with slices": {
 			version: "1.20.2",
 			config:  map[string]string{"enable-cilium-endpoint-slice": "true"},
 			links:   map[string]string{"vpn/hq": "CiliumEndpoint"},
-			want:    []string{"note VPNGateway vpn/hq", "note Cilium: enable-cilium-endpoint-slice"},
+			want:    []string{"ok VPNGateway vpn/hq nodeLink CiliumEndpoint: the agent", "note Cilium: enable-cilium-endpoint-slice"},
 		},
 	} {
 		t.Run(name, func(t *testing.T) {

@@ -16,6 +16,8 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	discoveryv1 "k8s.io/api/discovery/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -310,7 +312,19 @@ func (c *cluster) Review(problems []model.Problem) []model.Problem {
 		}
 		out = append(out, p)
 	}
-	return out
+	return append(out, c.refusedByPlugin()...)
+}
+
+// refusedByPlugin is what only the operator can know, repeated for those who look at Ready.
+func (c *cluster) refusedByPlugin() []model.Problem {
+	if c.own == nil {
+		return nil
+	}
+	a := meta.FindStatusCondition(c.own.Status.Conditions, v1alpha1.ConditionAccepted)
+	if a == nil || a.Status != metav1.ConditionFalse || a.Reason != model.ReasonNetworkPlugin || a.ObservedGeneration != c.own.Generation {
+		return nil
+	}
+	return []model.Problem{{Kind: model.KindGateway, Object: c.opts.Gateway, Reason: a.Reason, Message: a.Message}}
 }
 
 // Identity implements backing.

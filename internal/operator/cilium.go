@@ -1,13 +1,19 @@
 package operator
 
 import (
+	"context"
 	"fmt"
 	"net/netip"
+	"slices"
 
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/dynamic"
 	"sigs.k8s.io/controller-runtime/pkg/manager"
 
 	"github.com/culvert-vpn/culvert/internal/cilium"
+	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/plan"
 )
 
@@ -28,15 +34,26 @@ func addCilium(m manager.Manager, o Options) (func([]cilium.Endpoint, []netip.Pr
 }
 
 // tellCilium names every gateway pod: those that lead nowhere by Cilium with no ranges, so
-// that what they once had is taken back.
-func (r *round) tellCilium() {
-	if r.Behind == nil {
+// that what they once had is taken back. A gateway whose link Cilium cannot carry is refused.
+func (r *round) tellCilium(ctx context.Context) {
+	refused := ""
+	if slices.ContainsFunc(r.model.Gateways, func(gw *model.Gateway) bool { return len(plan.BehindGateway(gw)) > 0 }) {
+		refused = r.ciliumRefuses(ctx)
+	}
+	if r.Behind == nil && refused == "" {
 		return
 	}
 	var list []cilium.Endpoint
 	var ranges []netip.Prefix
 	for _, gw := range r.model.Gateways {
 		behind := plan.BehindGateway(gw)
+		if refused != "" && len(behind) > 0 {
+			ref := model.Ref{Kind: model.KindGateway, ID: gw.ID}
+			r.problems[ref] = append(r.problems[ref], model.Problem{
+				Kind: ref.Kind, Object: gw.ID, Field: "spec.clusterTraffic.nodeLink", Reason: model.ReasonNetworkPlugin, Message: "CiliumEndpoint: " + refused,
+			})
+			behind = nil
+		}
 		ranges = append(ranges, behind...)
 		o := r.seen.gateways[gw.ID]
 		if o == nil {
@@ -50,5 +67,25 @@ func (r *round) tellCilium() {
 			list = append(list, e)
 		}
 	}
-	r.Behind(list, ranges)
+	if r.Behind != nil {
+		r.Behind(list, ranges)
+	}
+}
+
+// ciliumRefuses says why no Cilium carries the traffic of sites and devices here, and what to do;
+// empty: one does.
+func (r *round) ciliumRefuses(ctx context.Context) string {
+	if r.Behind == nil {
+		return "the operator and the agents may not tell Cilium anything: install the chart with cilium.enabled=true, or set Encapsulated"
+	}
+	var config corev1.ConfigMap
+	err := r.Live.Get(ctx, types.NamespacedName{Namespace: cilium.ConfigNamespace, Name: cilium.ConfigName}, &config)
+	switch {
+	case apierrors.IsNotFound(err):
+		return fmt.Sprintf("there is no ConfigMap %s/%s, so no Cilium that could carry it: set Encapsulated", cilium.ConfigNamespace, cilium.ConfigName)
+	case err != nil:
+		r.Logger.Warn("cannot read Cilium's settings: taken to be as they should", "error", err)
+		return ""
+	}
+	return cilium.Settings(config.Data).RefusesEndpoints()
 }

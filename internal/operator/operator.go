@@ -153,7 +153,7 @@ func (o *Operator) Round(ctx context.Context) error {
 		return err
 	}
 	r.parse()
-	r.tellCilium()
+	r.tellCilium(ctx)
 	o.waiting = false
 	if err := r.findRemotes(ctx); err != nil {
 		return err

@@ -6,6 +6,9 @@ import (
 	"github.com/culvert-vpn/culvert/internal/model"
 )
 
+// CiliumHost is the link of a node by which its own packets go Cilium's way.
+const CiliumHost = "cilium_host"
+
 // BehindGateway are the ranges that Cilium is to be told of as lying behind a gateway's
 // active pod: those of its sites and devices with nodeLink: CiliumEndpoint, else none.
 func BehindGateway(gw *model.Gateway) []netip.Prefix {

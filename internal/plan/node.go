@@ -28,6 +28,12 @@ type NodeFacts struct {
 	// address: the other end of the pod's own link. One that is missing: the node's routes
 	// lead to the pod.
 	Links map[netip.Addr]string
+	// LinkLocals are the link-local addresses of the gateway pods on this node on those links, by
+	// the pod's IPv6 address.
+	LinkLocals map[netip.Addr]netip.Addr
+	// CiliumHost are this node's addresses at the link that leads into Cilium's tunnels; none where
+	// Cilium has none.
+	CiliumHost []netip.Addr
 	// OnLink are the addresses of gateways' nodes that are on a network of this node.
 	OnLink map[netip.Addr]bool
 	// Encryption counts when there is a NodeEncryption.
@@ -220,7 +226,17 @@ func (p *nodePlanner) direct(pod GatewayPod, mode string) func(netstate.Family) 
 		if pod.Node == p.facts.Node.Name {
 			via := addressOf(pod.PodIPs, f)
 			link := p.facts.Links[via]
+			if local := p.facts.LinkLocals[via]; mode == linkCiliumEndpoint && f == netstate.IPv6 && link != "" && local.IsValid() {
+				return netstate.Route{Via: local, Link: link} // the kernel takes no other IPv6 address whose route is Cilium's own link
+			}
 			return netstate.Route{Via: via, Link: link, OnLink: link != ""}
+		}
+		if own := addressOf(p.facts.CiliumHost, f); mode == linkCiliumEndpoint && own.IsValid() {
+			r := netstate.Route{Link: CiliumHost, Source: own}
+			if f == netstate.IPv4 {
+				r.Via = own // as Cilium's own routes; IPv6 has no next hop that is the host
+			}
+			return r
 		}
 		via := addressOf(pod.HostIPs, f)
 		if via.IsValid() && !p.facts.OnLink[via] {
@@ -237,14 +253,16 @@ func (p *nodePlanner) routes(gw *model.Gateway, ranges []netip.Prefix, hop func(
 	for _, dst := range ranges {
 		f := netstate.FamilyOf(dst.Addr())
 		r := hop(f)
-		if !r.Via.IsValid() {
+		if !r.Via.IsValid() && r.Link == "" {
 			if gw.NodeLink != linkCiliumEndpoint {
 				p.waiting(gw.ID, fmt.Sprintf("%s: the gateway's pod is not reached over IPv%d", dst, f))
 			}
 			continue
 		}
 		r.Destination, r.Kind, r.Metric, r.Table = dst, netstate.RouteUnicast, netstate.MetricTunnel, netstate.NodeTable
-		r.Source = addressOf(p.facts.Node.Addresses, f)
+		if !r.Source.IsValid() {
+			r.Source = addressOf(p.facts.Node.Addresses, f)
+		}
 		p.out.State.Routes = append(p.out.State.Routes, r)
 	}
 }

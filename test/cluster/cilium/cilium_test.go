@@ -44,13 +44,14 @@ func TestCilium(t *testing.T) {
 	w := newWorld(t, nil, "--set", "cilium.enabled=true")
 	w.cell(t, cell{"kube-proxy, tunnel", nil}, false)
 	t.Run("policies", w.policiesSee)
-	t.Run("node link CiliumEndpoint", w.refused)
+	t.Run("node link CiliumEndpoint", w.endpointsWay)
 	t.Run("agents restart", w.agentsRestart)
 	t.Run("pods relabelled", w.relabelled)
 	t.Run("gateway moves", w.moved)
 	w.unlucky(t)
 	t.Run("encrypted, kube-proxy, tunnel", w.encrypted)
 	w.cell(t, cell{"kube-proxy, native routing", native}, true)
+	t.Run("node link CiliumEndpoint, native routing", w.endpointsWayRefused)
 	t.Run("encrypted, kube-proxy, native routing", w.encrypted)
 }
 
@@ -77,42 +78,6 @@ func (w *world) recognised(t *testing.T) {
 			t.Errorf("culvert doctor does not say %q:\n%s", line, out)
 		}
 	}
-}
-
-// refused: with this Cilium the endpoint's way carries nothing out of the gateway's pod, and the doctor
-// says so. What the operator writes into the CiliumEndpoint stays there when Cilium writes its own, and
-// goes when the way is given up.
-func (w *world) refused(t *testing.T) {
-	link := func(mode string) {
-		w.In(t).Kubectl("-n", "vpn", "patch", "vgw", "hq", "--type=merge", "-p", `{"spec":{"clusterTraffic":{"nodeLink":"`+mode+`"}}}`)
-	}
-	told := func(want bool) func() error {
-		return func() error {
-			out, err := w.TryKubectl("-n", "vpn", "get", "ciliumendpoint", "culvert-hq-0", "-o", "jsonpath={.status.networking.addressing}")
-			if err == nil && strings.Contains(out, siteCIDR) != want {
-				err = fmt.Errorf("the endpoint has %s", out)
-			}
-			return err
-		}
-	}
-	link("CiliumEndpoint")
-	w.gatewayIsNew(t, "CiliumEndpoint")
-	labtest.Eventually(t, 60*time.Second, "the endpoint has the site's range", told(true))
-	for _, value := range []string{"one", "two"} {
-		w.In(t).Kubectl("-n", "vpn", "label", "pod", "culvert-hq-0", "told="+value, "--overwrite")
-		time.Sleep(2 * time.Second) // Cilium writes its own
-		labtest.Eventually(t, 5*time.Second, "the endpoint has the site's range again", told(true))
-	}
-	if err := never(w.of("site", true)); err != nil {
-		t.Errorf("the doctor says that this does not work: %v", err)
-	}
-	if out, err := w.doctor(t); err == nil || !strings.Contains(out, "nodeLink CiliumEndpoint does not work with Cilium 1.15.19") {
-		t.Errorf("culvert doctor: %v: %s", err, out)
-	}
-	link("Encapsulated")
-	w.gatewayIsNew(t, "")
-	labtest.Eventually(t, 60*time.Second, "the endpoint has no range", told(false))
-	works(t, 60*time.Second, w.flows())
 }
 
 // gatewayIsNew waits until the gateway's pod is ready, and was made for a node link: one of

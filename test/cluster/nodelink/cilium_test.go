@@ -35,8 +35,9 @@ func (w *world) ciliumEndpoint(t *testing.T) {
 	w.Kubectl("apply", "--server-side", "-f", filepath.Join(crds, "ciliumendpoints.yaml"))
 	const config = "nonMasqueradeCIDRs:\n- 10.0.0.0/8\nmasqLinkLocal: true\n"
 	w.Kubectl("create", "configmap", "ip-masq-agent", "-n", "kube-system", "--from-literal=config="+config, "--from-literal=other=kept")
+	w.Kubectl("create", "configmap", "cilium-config", "-n", "kube-system", "--from-literal=routing-mode=tunnel")
 	t.Cleanup(func() {
-		_, _ = w.TryKubectl("delete", "configmap", "ip-masq-agent", "-n", "kube-system")
+		_, _ = w.TryKubectl("delete", "configmap", "ip-masq-agent", "cilium-config", "-n", "kube-system")
 		_, _ = w.TryKubectl("delete", "crd", "ciliumendpoints.cilium.io")
 	})
 	w.Install("--set", "cilium.enabled=true")
@@ -56,7 +57,8 @@ func (w *world) ciliumEndpoint(t *testing.T) {
 	own := fmt.Sprintf(`{"ipv4":"%s","ipv6":"%s"}`, ips[0], ips[1])
 	w.Apply("apiVersion: cilium.io/v2\nkind: CiliumEndpoint\nmetadata: {name: culvert-edge-0, namespace: link}\n" +
 		"status: {id: 7, state: ready, networking: {node: 172.30.0.11, addressing: [" + own + "]}}\n")
-	all := []string{own, `{"ipv4":"10.99.0.0/24"}`, `{"ipv4":"192.168.50.0/24"}`, `{"ipv6":"fd00:50::/64"}`, `{"ipv6":"fd00:99::/64"}`}
+	devices4, devices6 := `{"ipv4":"10.99.0.0/25"},{"ipv4":"10.99.0.128/25"}`, `{"ipv6":"fd00:99::/65"},{"ipv6":"fd00:99:0:0:8000::/65"}`
+	all := []string{own, devices4, `{"ipv4":"192.168.50.0/25"},{"ipv4":"192.168.50.128/25"}`, `{"ipv6":"fd00:50::/65"},{"ipv6":"fd00:50:0:0:8000::/65"}`, devices6}
 	w.addressing(5*time.Second, all)
 	var rounds []float64
 	for range 5 {
@@ -70,7 +72,7 @@ func (w *world) ciliumEndpoint(t *testing.T) {
 	w.masquerade("10.0.0.0/8 10.99.0.0/24 192.168.50.0/24 fd00:50::/64 fd00:99::/64")
 
 	w.Kubectl("-n", "link", "delete", "site", "berlin")
-	w.addressing(5*time.Second, []string{own, `{"ipv4":"10.99.0.0/24"}`, `{"ipv6":"fd00:99::/64"}`})
+	w.addressing(5*time.Second, []string{own, devices4, devices6})
 	w.masquerade("10.0.0.0/8 10.99.0.0/24 fd00:99::/64")
 	w.Kubectl("-n", "link", "patch", "vgw", "edge", "--type=merge", "-p", `{"spec":{"clusterTraffic":{"nodeLink":"Encapsulated"}}}`)
 	w.masquerade("10.0.0.0/8")
