@@ -2,6 +2,7 @@ package reverse
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -227,6 +228,50 @@ func TestSpokeKilledInTheMiddleOfADial(t *testing.T) {
 		}
 	case <-time.After(time.Second):
 		t.Error("still pending after 1 s")
+	}
+	// The next one succeeds on another spoke.
+	n.startSpoke("b")
+	c, err := e.connect(serve(t, echo))
+	if err != nil {
+		t.Fatal(err)
+	}
+	exchange(t, c)
+}
+
+// A dial that is under way when its spoke dies goes to another one, if there is one, and the
+// client does not notice.
+func TestDialGoesToAnotherSpoke(t *testing.T) {
+	n := newTenant(t, "u1")
+	n.startHubs(1)
+	a := n.startSpoke("a")
+	e := n.startEgress()
+	to := net.JoinHostPort(blackholeOnce, port(serve(t, echo)))
+	dialledOnce.Store(false)
+	type result struct {
+		conn net.Conn
+		err  error
+	}
+	done := make(chan result, 1)
+	go func() {
+		c, err := e.connect(to)
+		done <- result{c, err}
+	}()
+	n.eventually("the first spoke dials", func() error {
+		if !dialledOnce.Load() {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	n.startSpoke("b")
+	a.kill()
+	select {
+	case r := <-done:
+		if r.err != nil {
+			t.Fatal(r.err)
+		}
+		exchange(t, r.conn)
+	case <-time.After(time.Second):
+		t.Error("still pending 1 s after its spoke died")
 	}
 }
 
