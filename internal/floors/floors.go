@@ -41,7 +41,7 @@ var floors = [][]string{
 	// 4: the loops.
 	{"internal/gateway", "internal/agent", "internal/operator", "internal/tunnel", "internal/demo", "internal/lab/cluster/clustertest"},
 	// 5: the command line, and peers for tests.
-	{"internal/cli", "test/strongswan"},
+	{"internal/cli", "test/strongswan", "test/herd"},
 	// 6: the mains, and tests of the whole.
 	{"cmd", "docs", "hack", "test"},
 }
@@ -56,7 +56,7 @@ var appliers = []string{
 }
 
 // forTests are the packages that tests on any floor may import in addition.
-var forTests = []string{"internal/lab", "test/strongswan"}
+var forTests = []string{"internal/lab", "test/strongswan", "test/herd"}
 
 // Package is what the rules need to know of a package; the names are those of "go list
 // -json".

@@ -98,8 +98,8 @@ func TestScaleAdd(t *testing.T) {
 					c := newHerdClient(t, n.far, g.public, scaleAddress(next))
 					time.Sleep(200 * time.Millisecond)
 					began := time.Now()
-					g.write(fmt.Sprintf("new-%d.yaml", next), scaleDevice(next, c.private.PublicKey()))
-					took = append(took, c.knock(t, 10*time.Second).Sub(began))
+					g.write(fmt.Sprintf("new-%d.yaml", next), scaleDevice(next, c.Private.PublicKey()))
+					took = append(took, c.Knock(t, 10*time.Second).Sub(began))
 				}
 				return took
 			})
@@ -120,9 +120,9 @@ func TestScaleComeAndGo(t *testing.T) {
 	g.configured(1000)
 	cycle := func() {
 		c := newHerdClient(t, n.far, g.public, scaleAddress(2000))
-		defer c.dev.Close()
-		g.write("guest.yaml", scaleDevice(2000, c.private.PublicKey()))
-		c.knock(t, 10*time.Second)
+		defer c.Close()
+		g.write("guest.yaml", scaleDevice(2000, c.Private.PublicKey()))
+		c.Knock(t, 10*time.Second)
 		g.remove("guest.yaml")
 	}
 	cycle()
