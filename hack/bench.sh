@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measures Culvert beside its peers (test/bench): installs and builds all of them first.
-# ONLY=tunnels,reverse,services,scale,failover and ROUNDS=N choose; the outcome is
-# .cache/bench/table.md and bench.json.
+# ONLY=tunnels,reverse,services,scale,operator,agents,failover and ROUNDS=N choose; the outcome is
+# .cache/bench/table.md, bench.json, and bench.txt for benchstat.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . hack/cache.sh
@@ -23,10 +23,14 @@ fi
 build() {
 	echo "building the peers (once; takes some minutes)"
 	(cd hack/bench && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$1/" tool)
+	(cd hack/bench/control && CGO_ENABLED=0 go build -trimpath -ldflags '-s -w' -o "$1/" . tool)
 }
 
-key=$({ go env GOVERSION GOOS GOARCH; cat hack/bench/go.mod hack/bench/go.sum; } | sha256sum | cut -c1-16)
+key=$({ go env GOVERSION GOOS GOARCH; cat hack/bench/go.mod hack/bench/go.sum hack/bench/control/*; } | sha256sum | cut -c1-16)
 peers=$(cached bench "$key" build)
 
+hack/kubernetes.sh >/dev/null # kube-proxy, and the operator's API server
+hack/helm.sh >/dev/null
+
 CULVERT_BENCH=1 BENCH_PEERS=$peers BENCH_DIR=${BENCH_DIR:-$PWD/.cache/bench} ONLY=${ONLY:-} ROUNDS=${ROUNDS:-} \
-	go test ./test/bench -run '^TestBench$' -count=1 -timeout 60m -v ${ARGS:-}
+	go test ./test/bench -run '^TestBench$' -count=1 -timeout 120m -v ${ARGS:-}

@@ -43,17 +43,21 @@ func run(m *testing.M) int {
 
 // suites is everything that is measured; brief: for a second or so each.
 func suites(brief bool) []*suite {
-	return []*suite{tunnels(brief), reversed(brief), servicePath(brief), scale(brief), failover(brief)}
+	return []*suite{tunnels(brief), reversed(brief), servicePath(brief), scale(brief), operator(brief), agents(brief), failover(brief)}
+}
+
+// rounds is how often "make bench" measures everything.
+func rounds() int {
+	if n, err := strconv.Atoi(os.Getenv("ROUNDS")); err == nil && n > 0 {
+		return n
+	}
+	return 3
 }
 
 // TestBench runs what "make bench" names: ONLY=tunnels,reverse ROUNDS=5.
 func TestBench(t *testing.T) {
 	if os.Getenv("CULVERT_BENCH") == "" {
 		t.Skip("runs in make bench only")
-	}
-	rounds := 3
-	if n, err := strconv.Atoi(os.Getenv("ROUNDS")); err == nil && n > 0 {
-		rounds = n
 	}
 	var only []string
 	if v := os.Getenv("ONLY"); v != "" {
@@ -65,12 +69,12 @@ func TestBench(t *testing.T) {
 		if only != nil && !slices.Contains(only, s.name) {
 			continue
 		}
-		r := s.result(rounds)
+		r := s.result(rounds())
 		results = append(results, r)
 		t.Run(s.name, func(t *testing.T) { s.run(t, r) })
 	}
 	if len(results) == 0 {
-		t.Fatalf("no suite named %q: tunnels, reverse, services, scale, failover", os.Getenv("ONLY"))
+		t.Fatalf("no suite named %q: tunnels, reverse, services, scale, operator, agents, failover", os.Getenv("ONLY"))
 	}
 	report(t, m, results)
 }
@@ -81,6 +85,9 @@ func TestSmoke(t *testing.T) {
 	labtest.Require(t, "wg", "wireguard-go", "openvpn", "swanctl", "iperf3", "haproxy", "nft")
 	begin := time.Now()
 	for _, s := range suites(true) {
+		if len(s.contenders) == 0 {
+			continue // other tests run them
+		}
 		t.Run(s.name, func(t *testing.T) {
 			r := s.result(1)
 			s.run(t, r)
@@ -91,7 +98,7 @@ func TestSmoke(t *testing.T) {
 			}
 			for _, name := range r.Order {
 				for _, m := range s.metrics {
-					for _, v := range r.Samples[name][m.name] {
+					for _, v := range r.Samples[name][m.figure()] {
 						if v < 0 {
 							t.Errorf("%s: %s is %v", name, m.name, v)
 						}
@@ -153,6 +160,8 @@ func versions() map[string]string {
 		} {
 			ask(name, "go", "-C", "../../hack/bench", "list", "-m", "-f", "{{.Version}}", module)
 		}
+		ask("tailscaled", "go", "-C", "../../hack/bench/control", "list", "-m", "-f", "{{.Version}}", "tailscale.com")
+		ask("Kubernetes (kube-proxy, API server)", "go", "-C", "../../hack/kubernetes", "list", "-m", "-f", "{{.Version}}", "k8s.io/kubernetes")
 	}
 	return out
 }

@@ -7,12 +7,8 @@
 package bench
 
 import (
-	"encoding/json"
 	"fmt"
 	"math"
-	"os"
-	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -26,7 +22,22 @@ type metric struct {
 	name, unit string
 	// less: smaller is better.
 	less bool
+	// of is the figure that it is made of; empty: that of its name.
+	of string
+	// show makes one value of all samples; nil: the median.
+	show func([]float64) float64
 }
+
+// figure is the name of the figure that a metric is made of.
+func (m metric) figure() string {
+	if m.of != "" {
+		return m.of
+	}
+	return m.name
+}
+
+// unitName is name and unit as one, for benchstat.
+func (m metric) unitName() string { return strings.TrimSuffix(m.figure()+"-"+m.unit, "-") }
 
 // figures are what one candidate gave in one round, by the metric's name.
 type figures map[string]float64
@@ -50,6 +61,7 @@ type suite struct {
 	name, title, against string
 	metrics              []metric
 	contenders           []contender
+	turns                int // measurements in a round; 0: one
 }
 
 // result is one suite's outcome.
@@ -95,11 +107,13 @@ func (s *suite) run(t *testing.T, r *result) {
 			slices.Reverse(order)
 		}
 		for _, name := range order {
-			got := running[name].measure(t)
-			for m, v := range got {
-				r.Samples[name][m] = append(r.Samples[name][m], v)
+			for range max(1, s.turns) {
+				got := running[name].measure(t)
+				for m, v := range got {
+					r.Samples[name][m] = append(r.Samples[name][m], v)
+				}
+				t.Logf("%s: round %d: %s: %s", s.name, i+1, name, s.line(got))
 			}
-			t.Logf("%s: round %d: %s: %s", s.name, i+1, name, s.line(got))
 		}
 	}
 }
@@ -107,8 +121,8 @@ func (s *suite) run(t *testing.T, r *result) {
 func (s *suite) line(f figures) string {
 	var parts []string
 	for _, m := range s.metrics {
-		if v, ok := f[m.name]; ok {
-			parts = append(parts, fmt.Sprintf("%s %s %s", m.name, number(v), m.unit))
+		if v, ok := f[m.figure()]; ok && m.show == nil {
+			parts = append(parts, fmt.Sprintf("%s %s %s", m.figure(), number(v), m.unit))
 		}
 	}
 	return strings.Join(parts, ", ")
@@ -139,6 +153,15 @@ func number(v float64) string {
 	}
 }
 
+// value is what a candidate has for a metric; NaN: nothing was measured.
+func (r *result) value(candidate string, m metric) float64 {
+	samples := r.Samples[candidate][m.figure()]
+	if len(samples) == 0 || m.show == nil {
+		return median(samples)
+	}
+	return m.show(samples)
+}
+
 // table is the result in Markdown: medians, and in parentheses what they are of the row
 // that the others are compared with.
 func (r *result) table() string {
@@ -146,14 +169,18 @@ func (r *result) table() string {
 	fmt.Fprintf(&b, "### %s\n\n", r.Title)
 	b.WriteString("| |")
 	for _, m := range r.metrics {
+		if m.unit == "" {
+			fmt.Fprintf(&b, " %s |", m.name)
+			continue
+		}
 		fmt.Fprintf(&b, " %s (%s) |", m.name, m.unit)
 	}
 	b.WriteString("\n|---|" + strings.Repeat("---|", len(r.metrics)) + "\n")
 	for _, name := range r.Order {
 		fmt.Fprintf(&b, "| %s |", name)
 		for _, m := range r.metrics {
-			v, base := median(r.Samples[name][m.name]), median(r.Samples[r.Against][m.name])
-			if math.IsNaN(v) || name == r.Against || math.IsNaN(base) || base == 0 {
+			v, base := r.value(name, m), r.value(r.Against, m)
+			if math.IsNaN(v) || name == r.Against || math.IsNaN(base) || base == 0 || m.unit == "" {
 				fmt.Fprintf(&b, " %s |", number(v))
 				continue
 			}
@@ -161,7 +188,7 @@ func (r *result) table() string {
 		}
 		b.WriteString("\n")
 	}
-	fmt.Fprintf(&b, "\nMedians of %d rounds; in parentheses the ratio to %s.", r.Rounds, r.Against)
+	fmt.Fprintf(&b, "\nMedians, %d rounds; in parentheses the ratio to %s.", r.Rounds, r.Against)
 	for _, name := range slices.Sorted(keys(r.Absent)) {
 		fmt.Fprintf(&b, " Not taking part: %s (%s).", name, r.Absent[name])
 	}
@@ -177,82 +204,4 @@ func keys(m map[string]string) func(func(string) bool) {
 			}
 		}
 	}
-}
-
-// machine is where a run took place.
-type machine struct {
-	Processors int    `json:"processors"`
-	Model      string `json:"model"`
-	Memory     string `json:"memory"`
-	Kernel     string `json:"kernel"`
-	Go         string `json:"go"`
-	// Load is the average of the last minute before the run, and after it.
-	Load     [2]string         `json:"load"`
-	Versions map[string]string `json:"versions"`
-	Begun    time.Time         `json:"begun"`
-	Took     string            `json:"took"`
-}
-
-func thisMachine() machine {
-	m := machine{Processors: runtime.NumCPU(), Go: runtime.Version(), Versions: versions(), Begun: time.Now().UTC().Truncate(time.Second)}
-	m.Model = fieldOf("/proc/cpuinfo", "model name")
-	m.Memory = fieldOf("/proc/meminfo", "MemTotal")
-	b, _ := os.ReadFile("/proc/sys/kernel/osrelease")
-	m.Kernel = strings.TrimSpace(string(b))
-	m.Load[0] = load()
-	return m
-}
-
-func load() string {
-	b, _ := os.ReadFile("/proc/loadavg")
-	one, _, _ := strings.Cut(string(b), " ")
-	return one
-}
-
-func fieldOf(file, name string) string {
-	b, _ := os.ReadFile(file)
-	for line := range strings.Lines(string(b)) {
-		if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == name {
-			return strings.TrimSpace(v)
-		}
-	}
-	return "unknown"
-}
-
-func (m machine) String() string {
-	var b strings.Builder
-	fmt.Fprintf(&b, "%d × %s, %s, Linux %s, %s; load average before %s, after %s; took %s.\n\n", m.Processors, m.Model, m.Memory, m.Kernel, m.Go, m.Load[0], m.Load[1], m.Took)
-	for _, k := range slices.Sorted(keys(m.Versions)) {
-		fmt.Fprintf(&b, "- %s: %s\n", k, m.Versions[k])
-	}
-	return b.String()
-}
-
-// report writes bench.json and table.md, and prints the latter.
-func report(t *testing.T, m machine, results []*result) {
-	t.Helper()
-	m.Load[1], m.Took = load(), time.Since(m.Begun).Round(time.Second).String()
-	var b strings.Builder
-	fmt.Fprintf(&b, "%s\n", m)
-	for _, r := range results {
-		b.WriteString(r.table() + "\n")
-	}
-	dir := os.Getenv("BENCH_DIR")
-	if dir == "" {
-		dir = filepath.Join("..", "..", ".cache", "bench")
-	}
-	data, err := json.MarshalIndent(map[string]any{"machine": m, "results": results}, "", "  ")
-	if err == nil {
-		err = os.MkdirAll(dir, 0o755)
-	}
-	if err == nil {
-		err = os.WriteFile(filepath.Join(dir, "bench.json"), append(data, '\n'), 0o644)
-	}
-	if err == nil {
-		err = os.WriteFile(filepath.Join(dir, "table.md"), []byte(b.String()), 0o644)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	fmt.Printf("\n%s", b.String())
 }

@@ -29,6 +29,10 @@ type pair struct {
 	dir  string
 	// link carries the inner packets on b. On a wire of its own: eth0, with nothing hidden.
 	link string
+	// from and to are the inner addresses of a and b; who gives out its own changes them.
+	from, to string
+	// proof says what else shows that packets take the way that is measured; nil: nothing.
+	proof func() error
 	// pids are the processes that carry, of which the last one is b's.
 	pids    []int
 	started [][]string // their command lines
@@ -46,8 +50,8 @@ func tunnels(brief bool) *suite {
 	return &suite{
 		name: "tunnels", title: "Tunnels: one gateway, one peer", against: "Culvert, WireGuard",
 		metrics: []metric{
-			{"TCP", "Gbit/s", false}, {"TCP ×4", "Gbit/s", false}, {"UDP 1,300 B", "1000/s", false}, {"RTT", "ms", true},
-			{"RTT under load", "ms", true}, {"CPU", "s/GB", true}, {"memory", "MB", true},
+			{name: "TCP", unit: "Gbit/s"}, {name: "TCP ×4", unit: "Gbit/s"}, {name: "UDP 1,300 B", unit: "1000/s"}, {name: "RTT", unit: "ms", less: true},
+			{name: "RTT under load", unit: "ms", less: true}, {name: "CPU", unit: "s/GB", less: true}, {name: "memory", unit: "MB", less: true},
 		},
 		contenders: []contender{
 			{"Culvert, WireGuard", true, nil, start(culvertPair("wireguard"))},
@@ -59,6 +63,7 @@ func tunnels(brief bool) *suite {
 				}
 				return needs("wireguard-go")()
 			}, start(wireguardPair("debian"))},
+			{"tailscaled", false, built("tailscaled"), start(tailscalePair)},
 			{"Nebula", false, built("nebula"), start(nebulaPair)},
 			{"OpenVPN, UDP", false, needs("openvpn"), start(openvpnPair("udp"))},
 			{"OpenVPN, TCP", false, needs("openvpn"), start(openvpnPair("tcp"))},
@@ -79,16 +84,16 @@ var hosts atomic.Int32
 func newPair(t *testing.T, l *labtest.Lab, seconds float64, up func(*pair)) *pair {
 	t.Helper()
 	n := hosts.Add(1)
-	p := &pair{t: t, a: l.Host(fmt.Sprintf("a%d", n)), b: l.Host(fmt.Sprintf("b%d", n)), dir: shortDir(t), seconds: seconds}
+	p := &pair{t: t, a: l.Host(fmt.Sprintf("a%d", n)), b: l.Host(fmt.Sprintf("b%d", n)), dir: shortDir(t), from: innerA, to: innerB, seconds: seconds}
 	l.Connect(p.a, "eth0", outerA+"/24", p.b, "eth0", outerB+"/24")
 	up(p)
 	// Inner packets that arrive outside a tunnel.
-	p.b.Run("nft", "table inet bench { counter clear { }; chain in { type filter hook prerouting priority -400; iifname eth0 ip daddr "+innerB+" counter name clear; }; }")
+	p.b.Run("nft", "table inet bench { counter clear { }; chain in { type filter hook prerouting priority -400; iifname eth0 ip daddr "+p.to+" counter name clear; }; }")
 	labtest.Eventually(t, 20*time.Second, "a way through the tunnel", func() error {
-		_, err := p.a.Try("ping", "-c", "1", "-W", "1", "-I", innerA, innerB)
+		_, err := p.a.Try("ping", "-c", "1", "-W", "1", "-I", p.from, p.to)
 		return err
 	})
-	p.b.Background("iperf3", "-s", "-B", innerB)
+	p.b.Background("iperf3", "-s", "-B", p.to)
 	labtest.Eventually(t, 5*time.Second, "iperf3 listens", func() error {
 		_, err := p.iperf(0.1)
 		return err
@@ -150,7 +155,7 @@ func (p *pair) iperf(seconds float64, args ...string) (s sums, err error) {
 }
 
 func (p *pair) iperfOnce(seconds float64, args ...string) (sums, error) {
-	all := append([]string{"-c", innerB, "-B", innerA, "-J", "-t", strconv.FormatFloat(seconds, 'f', 1, 64)}, args...)
+	all := append([]string{"-c", p.to, "-B", p.from, "-J", "-t", strconv.FormatFloat(seconds, 'f', 1, 64)}, args...)
 	if seconds < 1 { // it counts whole seconds
 		all = append(all[:5], append([]string{"-n", strconv.Itoa(int(seconds*40)) + "M"}, args...)...)
 	}
@@ -224,6 +229,11 @@ func (p *pair) measure(t *testing.T) figures {
 	if hidden := strings.Contains(counted, `"packets": 0`); hidden == (p.link == "eth0") {
 		t.Errorf("inner packets outside the tunnel: %s", counted)
 	}
+	if p.proof != nil {
+		if err := p.proof(); err != nil {
+			t.Error(err)
+		}
+	}
 	return out
 }
 
@@ -249,7 +259,7 @@ func (p *pair) packets(t *testing.T) float64 {
 // ping is the median round trip, in milliseconds.
 func (p *pair) ping(t *testing.T, n int) float64 {
 	t.Helper()
-	out, err := p.a.Try("ping", "-c", strconv.Itoa(n), "-i", "0.01", "-W", "1", "-I", innerA, innerB)
+	out, err := p.a.Try("ping", "-c", strconv.Itoa(n), "-i", "0.01", "-W", "1", "-I", p.from, p.to)
 	if err != nil {
 		t.Fatal(err)
 	}
