@@ -207,6 +207,7 @@ func TestStandalone(t *testing.T) {
 			t.Errorf("%v:\n%s", err, body)
 		}
 	})
+	t.Run("curl", func(t *testing.T) { s.curl(t) })
 	t.Run("a token works once", func(t *testing.T) {
 		out, err := s.remote.Try(s.program, "spoke", "--join", s.path("spoke.yaml"), "--state", s.path("thief"), "--http", "")
 		if err == nil || !strings.Contains(out, "the token is not valid: it was used at") {
@@ -268,6 +269,33 @@ func TestStandalone(t *testing.T) {
 		labtest.Eventually(t, 10*time.Second, "it joined again", works)
 	})
 	s.secrets()
+}
+
+// curl: a stock client, by the egress's loopback address as Prometheus does, and at a hub's own
+// port with the files that "culvert join certificate" writes.
+func (s *site) curl(t *testing.T) {
+	labtest.Require(t, "curl")
+	if err := tunnel.IssueClient(s.options, "curl", s.path("tls")); err != nil {
+		t.Fatal(err)
+	}
+	hub := []string{"-x", "https://127.0.0.1:8132", "--proxy-cacert", s.path("tls/ca.crt"), "--proxy-cert", s.path("tls/tls.crt"), "--proxy-key", s.path("tls/tls.key")}
+	for what, args := range map[string][]string{
+		"the egress, GET":     {"-x", "http://127.0.0.1:8139"},
+		"the egress, CONNECT": {"-p", "-x", "http://127.0.0.1:8139"},
+		"a hub, GET":          hub,
+		"a hub, CONNECT":      append([]string{"-p"}, hub...),
+	} {
+		if out, err := s.control.Try("curl", append(args, "-sS", "-m", "10", "http://10.50.0.1/")...); err != nil || out != "remote" {
+			t.Errorf("by %s: %q, %v", what, out, err)
+		}
+		out, err := s.control.Try("curl", append(args, "-sS", "-m", "10", "-o", "/dev/null", "-w", "%{http_code} %{http_connect}", "http://169.254.169.254/")...)
+		if !strings.Contains(out, "403") {
+			t.Errorf("a metadata address by %s: %q, %v", what, out, err)
+		}
+	}
+	if out, err := s.control.Try("curl", "-sS", "-m", "10", "-p", "-x", "https://127.0.0.1:8132", "--proxy-cacert", s.path("tls/ca.crt"), "http://10.50.0.1/"); err == nil {
+		t.Errorf("by a hub without a certificate: %q", out)
+	}
 }
 
 // secrets: keys and tokens are in files that only their owner reads, and in no log and no
