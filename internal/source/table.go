@@ -160,13 +160,13 @@ func same(a, b metav1.Object) bool {
 		y := b.(*v1alpha1.VPNGateway)
 		return equality.Semantic.DeepEqual(x.Status.Cluster, y.Status.Cluster) &&
 			x.Status.Address == y.Status.Address && x.Status.WireGuardPort == y.Status.WireGuardPort &&
-			equality.Semantic.DeepEqual(x.Status.Endpoints, y.Status.Endpoints) && sameAccepted(x.Status.Conditions, y.Status.Conditions)
+			equality.Semantic.DeepEqual(x.Status.Endpoints, y.Status.Endpoints) && sameSaid(x.Status.Conditions, y.Status.Conditions)
 	case *v1alpha1.Site:
-		return sameAccepted(x.Status.Conditions, b.(*v1alpha1.Site).Status.Conditions)
+		return sameSaid(x.Status.Conditions, b.(*v1alpha1.Site).Status.Conditions)
 	case *v1alpha1.Device:
 		y := b.(*v1alpha1.Device)
 		return slices.Equal(x.Status.Addresses, y.Status.Addresses) && x.Status.PublicKey == y.Status.PublicKey &&
-			sameAccepted(x.Status.Conditions, y.Status.Conditions)
+			sameSaid(x.Status.Conditions, y.Status.Conditions)
 	case *v1alpha1.NodeEncryption:
 		return equality.Semantic.DeepEqual(x.Status, b.(*v1alpha1.NodeEncryption).Status)
 	case *v1alpha1.NodeTunnel:
@@ -174,6 +174,21 @@ func same(a, b metav1.Object) bool {
 		return x.Annotations[model.RotateAnnotation] == y.Annotations[model.RotateAnnotation] && equality.Semantic.DeepEqual(x.Status, y.Status)
 	}
 	return true
+}
+
+// sameSaid is about what the operator says.
+func sameSaid(a, b []metav1.Condition) bool {
+	return sameAccepted(a, b) && slices.Equal(handedBack(a), handedBack(b))
+}
+
+// handedBack are the conditions that a gateway's pod is to say again.
+func handedBack(list []metav1.Condition) (kinds []string) {
+	for _, c := range list {
+		if c.Reason == model.ReasonHandedBack {
+			kinds = append(kinds, c.Type)
+		}
+	}
+	return kinds
 }
 
 func sameAccepted(a, b []metav1.Condition) bool {

@@ -11,6 +11,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
+	"github.com/culvert-vpn/culvert/internal/model"
 )
 
 // counted is a table of Sites and how often it announced a change.
@@ -40,8 +41,11 @@ func TestOnlyWhatMattersIsNews(t *testing.T) {
 		edit func(*v1alpha1.Site)
 		news bool
 	}{
-		"nothing":             {func(s *v1alpha1.Site) { s.ResourceVersion = "7" }, false},
-		"our own conditions":  {func(s *v1alpha1.Site) { s.Status.Conditions = []metav1.Condition{{Type: "Connected", Status: "True"}} }, false},
+		"nothing":            {func(s *v1alpha1.Site) { s.ResourceVersion = "7" }, false},
+		"our own conditions": {func(s *v1alpha1.Site) { s.Status.Conditions = []metav1.Condition{{Type: "Connected", Status: "True"}} }, false},
+		"what we are to say again": {func(s *v1alpha1.Site) {
+			s.Status.Conditions = []metav1.Condition{{Type: "Connected", Status: "Unknown", Reason: model.ReasonHandedBack}}
+		}, true},
 		"our own path":        {func(s *v1alpha1.Site) { s.Status.Paths = []v1alpha1.SitePath{{Replica: "x"}} }, false},
 		"labels":              {func(s *v1alpha1.Site) { s.Labels = map[string]string{"a": "b"} }, false},
 		"the spec":            {func(s *v1alpha1.Site) { s.Generation, s.Spec.CIDRs = 2, []v1alpha1.RoutedCIDR{"10.2.0.0/16"} }, true},

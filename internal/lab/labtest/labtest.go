@@ -195,6 +195,7 @@ func Eventually(t testing.TB, timeout time.Duration, what string, f func() error
 	}
 	deadline := time.Now().Add(timeout)
 	for {
+		began := time.Now()
 		err := f()
 		if err == nil {
 			return
@@ -202,6 +203,7 @@ func Eventually(t testing.TB, timeout time.Duration, what string, f func() error
 		if time.Now().After(deadline) {
 			t.Fatalf("%s: not within %s: %v", what, timeout, err)
 		}
-		time.Sleep(50 * time.Millisecond)
+		// What costs more, such as kubectl, is asked less often.
+		time.Sleep(min(max(time.Since(began), 50*time.Millisecond), 250*time.Millisecond))
 	}
 }

@@ -93,6 +93,7 @@ func TestFaults(t *testing.T) {
 		{"23: operator and API server away", (*scene).away},
 		{"24: the operator dies again and again", (*scene).killed},
 		{"26: secrets do not show", (*scene).secrets},
+		{"a gateway that hangs", (*scene).hangs},
 		{"27: deletion with a dead gateway", (*scene).deleted},
 		{"rights", (*scene).rights},
 	} {

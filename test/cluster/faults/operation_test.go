@@ -167,21 +167,54 @@ func needles(secret string) []string {
 	return list
 }
 
+// signal sends the gateway's process a signal.
+func (s *scene) signal(name string) {
+	s.t.Helper()
+	signalled := 0
+	for _, n := range s.Nodes {
+		if _, err := n.Run(s.t.Context(), "pkill", "-"+name, "-f", "^culvert gateway --namespace "+namespace); err == nil {
+			signalled++
+		}
+	}
+	if signalled != 1 {
+		s.t.Fatalf("%d gateways got a signal", signalled)
+	}
+}
+
+// hangs: a gateway that can say nothing any more does not stay Ready, nor what was connected
+// through it connected. When it goes on, it says so again.
+func (s *scene) hangs() {
+	become := func(limit time.Duration, want string) {
+		s.eventually(limit, want, func(context.Context) error {
+			got := ""
+			for _, x := range [][2]string{{"vpngateway/edge", "Ready"}, {"device/phone", "Connected"}} {
+				got += s.Kubectl("-n", namespace, "get", x[0], "-o", fmt.Sprintf(`jsonpath=%[1]s {.status.conditions[?(@.type=="%[1]s")].status} {.status.conditions[?(@.type=="%[1]s")].reason}; `, x[1]))
+			}
+			if got != want {
+				return fmt.Errorf("it says %q", got)
+			}
+			return nil
+		})
+	}
+	const well = "Ready True Ready; Connected True Connected; "
+	become(30*time.Second, well)
+	start := time.Now()
+	s.signal("STOP")
+	become(90*time.Second, "Ready False NoReadyPod; Connected Unknown GatewayNotReady; ")
+	s.t.Logf("told after %s", time.Since(start).Round(100*time.Millisecond))
+	s.signal("CONT") // or it was restarted meanwhile, for it did not answer the kubelet
+	start = time.Now()
+	become(90*time.Second, well)
+	s.t.Logf("told again after %s", time.Since(start).Round(100*time.Millisecond))
+}
+
 // deleted: a gateway that does not answer any more holds up no deletion, and leaves nothing on
 // the nodes.
 func (s *scene) deleted() {
 	if s.routes() == "" || !strings.Contains(s.routes(), "10.99.0.0/20") {
 		s.t.Fatalf("there is nothing to go: %s", s.routes())
 	}
-	stopped := 0
-	for _, n := range s.Nodes {
-		if _, err := n.Run(s.t.Context(), "pkill", "-STOP", "-f", "^culvert gateway --namespace "+namespace); err == nil {
-			stopped++
-		}
-	}
-	if stopped != 1 {
-		s.t.Fatalf("stopped %d gateways", stopped)
-	}
+	s.signal("STOP")
 	start := time.Now()
 	s.Kubectl("-n", namespace, "delete", "vpngateways,sites,devices", "--all", "--wait=false")
 	s.eventually(60*time.Second, "everything is gone", func(ctx context.Context) error {
