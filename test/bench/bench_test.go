@@ -43,7 +43,7 @@ func run(m *testing.M) int {
 
 // suites is everything that is measured; brief: for a second or so each.
 func suites(brief bool) []*suite {
-	return []*suite{tunnels(brief), reversed(brief), servicePath(brief), scale(brief), operator(brief), agents(brief), failover(brief)}
+	return []*suite{tunnels(brief), reversed(brief), servicePath(brief), scale(brief), operator(brief), agents(brief), failover(brief), apart(brief)}
 }
 
 // rounds is how often "make bench" measures everything.
@@ -74,7 +74,7 @@ func TestBench(t *testing.T) {
 		t.Run(s.name, func(t *testing.T) { s.run(t, r) })
 	}
 	if len(results) == 0 {
-		t.Fatalf("no suite named %q: tunnels, reverse, services, scale, operator, agents, failover", os.Getenv("ONLY"))
+		t.Fatalf("no suite named %q: tunnels, reverse, services, scale, operator, agents, failover, ipsec", os.Getenv("ONLY"))
 	}
 	report(t, m, results)
 }

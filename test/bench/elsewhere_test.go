@@ -24,6 +24,7 @@ func operator(brief bool) *suite {
 	s := &suite{
 		name: "operator", title: "Scale: the operator, at a real API server without nodes", against: "1000 Devices",
 		metrics: []metric{{name: "made", unit: "s", less: true}, {name: "all done", unit: "s", less: true}, {name: "one more", unit: "ms", less: true}, {name: "started anew", unit: "s", less: true}, {name: "memory", unit: "MB", less: true}},
+		once:    true,
 	}
 	if brief { // test/cluster/operator is a layer of its own
 		return s

@@ -4,7 +4,6 @@ import (
 	"net"
 	"sync"
 	"sync/atomic"
-	"testing"
 	"time"
 
 	"github.com/culvert-vpn/culvert/internal/lab/labtest"
@@ -18,36 +17,16 @@ type forwarder struct {
 }
 
 // forward listens on a host and passes connections on to another address there.
-func forward(t *testing.T, h *labtest.Host, listen, to string) *forwarder {
-	t.Helper()
+func forward(h *labtest.Host, listen, to string) *forwarder {
 	f := &forwarder{}
-	var l net.Listener
-	h.Do(func() (err error) {
-		l, err = net.Listen("tcp", listen)
-		return err
-	})
-	t.Cleanup(func() { _ = l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				var d net.Conn
-				err := h.Host.Do(func() (err error) {
-					d, err = net.Dial("tcp", to)
-					return err
-				})
-				if err != nil {
-					_ = c.Close()
-					return
-				}
-				go f.pass(c, d)
-				f.pass(d, c)
-			}()
+	labtest.Serve(h.Listen(listen), func(c net.Conn) {
+		d, err := dial(h, "tcp", to)
+		if err != nil {
+			return
 		}
-	}()
+		go f.pass(c, d)
+		f.pass(d, c)
+	})
 	return f
 }
 

@@ -61,7 +61,8 @@ type suite struct {
 	name, title, against string
 	metrics              []metric
 	contenders           []contender
-	turns                int // measurements in a round; 0: one
+	turns                int  // measurements in a round; 0: one
+	once                 bool // in one round only: it takes minutes
 }
 
 // result is one suite's outcome.
@@ -78,6 +79,9 @@ type result struct {
 
 // result of a suite that has not been run.
 func (s *suite) result(rounds int) *result {
+	if s.once {
+		rounds = 1
+	}
 	return &result{Suite: s.name, Title: s.title, Against: s.against, Rounds: rounds, Absent: map[string]string{}, Samples: map[string]map[string][]float64{}, metrics: s.metrics}
 }
 

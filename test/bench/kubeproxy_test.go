@@ -4,13 +4,11 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"slices"
 	"sync"
-	"testing"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
@@ -19,7 +17,6 @@ import (
 	"k8s.io/apimachinery/pkg/util/intstr"
 
 	"github.com/culvert-vpn/culvert/internal/lab/cluster"
-	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 )
 
 // Paths of what kube-proxy lists and watches.
@@ -132,7 +129,7 @@ func (s *serving) proxied(services int) {
 		version++
 		l.change(slicesPath, endpointSlice("web", pod, version))
 	}
-	api := listen(s.t, s.node, "127.0.0.1:8001")
+	api := s.node.Listen("127.0.0.1:8001")
 	server := &http.Server{Handler: l, ReadHeaderTimeout: time.Minute}
 	go func() { _ = server.Serve(api) }()
 	s.t.Cleanup(func() { _ = server.Close() })
@@ -140,17 +137,6 @@ func (s *serving) proxied(services int) {
 	s.program(s.node, filepath.Join(programs, "kube-proxy"), "--kubeconfig="+conf, "--hostname-override=node", "--proxy-mode=nftables", "--cluster-cidr=10.50.0.0/16",
 		"--metrics-bind-address=127.0.0.1:10249", "--healthz-bind-address=127.0.0.1:10256",
 		"--conntrack-max-per-core=0", "--conntrack-tcp-timeout-established=0s", "--conntrack-tcp-timeout-close-wait=0s") // not writable in a namespace
-}
-
-// listen opens a TCP socket on a host; it is closed with the test.
-func listen(t testing.TB, h *labtest.Host, at string) (l net.Listener) {
-	t.Helper()
-	h.Do(func() (err error) {
-		l, err = net.Listen("tcp", at)
-		return err
-	})
-	t.Cleanup(func() { _ = l.Close() })
-	return l
 }
 
 // otherService is the address of the ith service that is there to be looked through.

@@ -75,27 +75,11 @@ func (r *reversal) serve() { r.serveAt(r.b, target, 'h') }
 // bytes; 'e': everything back.
 func (r *reversal) serveAt(h *labtest.Host, at string, greeting byte) {
 	r.t.Helper()
-	var l net.Listener
-	h.Do(func() (err error) {
-		l, err = net.Listen("tcp", at)
-		return err
-	})
-	r.t.Cleanup(func() { _ = l.Close() })
+	l := h.Listen(at)
 	if r.tls != nil {
 		l = tls.NewListener(l, r.tls)
 	}
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				answer(c, greeting)
-			}()
-		}
-	}()
+	labtest.Serve(l, func(c net.Conn) { answer(c, greeting) })
 }
 
 var zeros = make([]byte, 256<<10)

@@ -73,7 +73,7 @@ spec:
 	hub := []string{"--manifests", r.path("manifests"), "--state", r.path("hub")}
 	r.program(r.a, program, "front", "--routes", r.path("routes.yaml"), "--listen", "127.0.0.1:8444", "--access-log=false")
 	r.program(r.a, program, append([]string{"hub", "--listen-clients", "127.0.0.1:8132", "--listen-spokes", "127.0.0.1:8443"}, hub...)...)
-	r.way = forward(r.t, r.a, entrance, "127.0.0.1:8444")
+	r.way = forward(r.a, entrance, "127.0.0.1:8444")
 	join := func(file string, args ...string) {
 		r.t.Helper()
 		labtest.Eventually(r.t, 10*time.Second, "an invitation", func() error {
@@ -104,7 +104,7 @@ func sshReversal(r *reversal) {
 	conf := r.write("sshd.conf", "Port 2222\nListenAddress 127.0.0.1\nHostKey "+r.path("host")+"\nAuthorizedKeysFile "+r.path("client.pub")+
 		"\nStrictModes no\nUsePAM no\nPermitRootLogin yes\nPasswordAuthentication no\nMaxSessions 1000\nMaxStartups 1000\nPidFile none\n")
 	r.program(r.a, "/usr/sbin/sshd", "-D", "-e", "-f", conf)
-	r.way = forward(r.t, r.a, entrance, "127.0.0.1:2222")
+	r.way = forward(r.a, entrance, "127.0.0.1:2222")
 	time.Sleep(200 * time.Millisecond) // ssh gives up when nobody listens
 	r.program(r.b, "ssh", "-N", "-i", r.path("client"), "-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null", "-o", "ExitOnForwardFailure=yes",
 		"-o", "ConnectionAttempts=10", "-p", "9443", "-R", "127.0.0.1:9000:"+target, "root@"+controlIP)
@@ -120,7 +120,7 @@ func openvpnReversal(r *reversal) {
 		"--cert", r.path("server.crt"), "--key", r.path("server.key"), "--peer-fingerprint", prints[1])...)
 	r.write("routes.yaml", "routes: [{serverName: vpn.front.example.com, tenant: prod, content: TCP, connectPort: 1194, backends: [{address: \"127.0.0.1:1194\"}]}]\n")
 	r.program(r.a, strings.TrimSuffix(culvert, "culvert")+"culvert-tunnel", "front", "--routes", r.path("routes.yaml"), "--listen", "127.0.0.1:8444", "--access-log=false")
-	r.way = forward(r.t, r.a, entrance, "127.0.0.1:8444")
+	r.way = forward(r.a, entrance, "127.0.0.1:8444")
 	r.program(r.b, "openvpn", append(common, "--ifconfig", "10.8.0.2", "10.8.0.1", "--proto", "tcp-client", "--remote", "vpn.front.example.com", "1194", "--http-proxy", controlIP, "9443",
 		"--tls-client", "--nobind", "--cert", r.path("client.crt"), "--key", r.path("client.key"), "--peer-fingerprint", prints[0])...)
 	labtest.Eventually(r.t, 20*time.Second, "OpenVPN's link", func() error {
@@ -142,29 +142,20 @@ func (r *reversal) proxy(at string) error {
 		return err
 	}
 	r.t.Cleanup(func() { _ = l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				req, err := http.ReadRequest(bufio.NewReaderSize(c, 4096))
-				if err != nil || req.Method != http.MethodConnect {
-					return
-				}
-				d, err := dial(r.b, "tcp", req.Host)
-				if err != nil {
-					return
-				}
-				defer d.Close()
-				_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
-				go func() { _, _ = io.Copy(d, c); _ = d.Close() }()
-				_, _ = io.Copy(c, d)
-			}()
+	labtest.Serve(l, func(c net.Conn) {
+		req, err := http.ReadRequest(bufio.NewReaderSize(c, 4096))
+		if err != nil || req.Method != http.MethodConnect {
+			return
 		}
-	}()
+		d, err := dial(r.b, "tcp", req.Host)
+		if err != nil {
+			return
+		}
+		defer d.Close()
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
+		go func() { _, _ = io.Copy(d, c); _ = d.Close() }()
+		_, _ = io.Copy(c, d)
+	})
 	return nil
 }
 
@@ -177,7 +168,7 @@ func directReversal(r *reversal) {
 	}
 	r.tls = &tls.Config{Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS13}
 	r.a.IP("route", "add", targetIP+"/32", "via", "192.0.2.2")
-	r.way = forward(r.t, r.a, entrance, target)
+	r.way = forward(r.a, entrance, target)
 	// Its own certificate, known beforehand: a proof of identity as the others have it.
 	client := &tls.Config{InsecureSkipVerify: true, MinVersion: tls.VersionTLS13, VerifyConnection: func(s tls.ConnectionState) error {
 		if !slices.Equal(s.PeerCertificates[0].Raw, pair.Certificate[0]) {

@@ -15,27 +15,11 @@ import (
 // pour listens inside a host, over TLS or not, and sends without end to whoever comes.
 func (s *site) pour(h *labtest.Host, address string, config *tls.Config) {
 	s.t.Helper()
-	var l net.Listener
-	h.Do(func() (err error) {
-		l, err = net.Listen("tcp", address)
-		return err
-	})
+	l := h.Listen(address)
 	if config != nil {
 		l = tls.NewListener(l, config)
 	}
-	s.t.Cleanup(func() { _ = l.Close() })
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				_, _ = io.Copy(c, endless{})
-				_ = c.Close()
-			}()
-		}
-	}()
+	labtest.Serve(l, func(c net.Conn) { _, _ = io.Copy(c, endless{}) })
 }
 
 // rate is how fast a connection delivers once it is under way, in Gbit/s.
