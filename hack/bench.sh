@@ -2,9 +2,19 @@
 # Measures Culvert beside its peers (test/bench): installs and builds all of them first.
 # ONLY=tunnels,reverse,services,scale,operator,agents,failover,ipsec and ROUNDS=N choose; the outcome is
 # .cache/bench/table.md, bench.json, and bench.txt for benchstat.
+#
+# "hack/bench.sh docs" puts the tables of the last run into docs/performance.md.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 . hack/cache.sh
+
+if [[ ${1:-} == docs ]]; then
+	tables=${BENCH_DIR:-.cache/bench}/table.md
+	[[ -e $tables ]] || { echo "bench: no $tables: run make bench first" >&2; exit 1; }
+	sed -i '/^## The last full run/q' docs/performance.md
+	{ echo; cat "$tables"; } | sed -e :a -e '/^\n*$/{$d;N;ba' -e '}' >>docs/performance.md
+	exit
+fi
 
 if [[ $EUID -ne 0 ]]; then
 	echo "bench: needs root: it builds networks of namespaces" >&2
