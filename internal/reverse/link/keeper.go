@@ -4,6 +4,7 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"fmt"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -27,25 +28,45 @@ type keeper struct {
 
 // always keeps one connection.
 func (k *keeper) always() {
-	wait := firstRetry
+	var p pace
 	for k.ctx.Err() == nil {
 		began := time.Now()
-		k.connect()
-		if time.Since(began) > lastRetry {
-			wait = firstRetry
-		}
+		err := k.connect()
+		wait := p.next(err, time.Since(began))
 		jittered := wait/2 + time.Duration(rand.Int64N(int64(wait)))
 		select {
 		case <-k.ctx.Done():
 		case <-time.After(jittered):
 		}
-		wait = min(2*wait, lastRetry)
 	}
+}
+
+// pace is how long to wait between two attempts to connect. The zero value is that of the
+// first.
+type pace struct {
+	wait time.Duration // the last one
+	busy time.Duration // the last one after errBusy
+}
+
+// next is the wait after an attempt that failed with err, or after a connection (nil) that ended;
+// either took so long. A hub that is too busy for all who come at once is given time, or none
+// of them would ever be served.
+func (p *pace) next(err error, took time.Duration) time.Duration {
+	if errors.Is(err, errBusy) {
+		p.busy = min(max(2*p.busy, firstBusy), lastBusy)
+		return p.busy
+	}
+	p.busy = 0
+	p.wait = min(max(2*p.wait, firstRetry), lastRetry)
+	if err == nil && took > lastRetry {
+		p.wait = firstRetry
+	}
+	return p.wait
 }
 
 // once keeps one more connection until it is no longer needed.
 func (k *keeper) once() {
-	k.connect()
+	_ = k.connect() // one that is not to be had is tried again when it is needed
 	k.mu.Lock()
 	k.extra--
 	k.mu.Unlock()
@@ -134,16 +155,15 @@ func drain(ctx context.Context, s *mux.Session, most time.Duration) {
 	s.CloseWith("no longer needed")
 }
 
-// connect makes one connection and stays until it ends.
-func (k *keeper) connect() {
+// connect makes one connection and stays until it ends; an error: there was none.
+func (k *keeper) connect() error {
 	l := k.links
 	s, err := k.dial()
 	if err != nil {
-		if k.ctx.Err() != nil {
-			return
+		if k.ctx.Err() == nil {
+			k.failing(err)
 		}
-		k.failing(err)
-		return
+		return err
 	}
 	remove := l.Add(s, k.hub.ServerName)
 	k.mu.Lock()
@@ -169,6 +189,7 @@ func (k *keeper) connect() {
 		l.failed[k.hub.ServerName] = s.Err().Error()
 		l.lmu.Unlock()
 	}
+	return nil
 }
 
 // forget takes a session off the list and returns how many are left.
@@ -231,16 +252,29 @@ func (k *keeper) dial() (*mux.Session, error) {
 	if err != nil {
 		return nil, err
 	}
+	reached := time.Now()
 	conn := tls.Client(mux.Cork(raw), l.opts.TLS(k.hub.ServerName))
 	if err := handshake(ctx, conn); err != nil {
-		return nil, errors.Join(err, raw.Close())
+		_ = raw.Close()
+		return nil, slow(err, reached)
 	}
 	s := mux.New(conn, mux.Config{Dialer: true, Accept: l.opts.Accept, Keepalive: Keepalive, DeadAfter: DeadAfter})
 	if err := k.hello(ctx, s); err != nil {
 		s.Close()
-		return nil, err
+		return nil, slow(err, reached)
 	}
 	return s, nil
+}
+
+// errBusy is of a hub that can be reached but has not answered in time.
+var errBusy = errors.New("it is reached, but does not answer in time: it, or the machine, may be too busy")
+
+// slow makes an error that came late an errBusy: who cuts first, we or the front, is not told.
+func slow(err error, reached time.Time) error {
+	if time.Since(reached) < handshakeTimeout/2 {
+		return err
+	}
+	return fmt.Errorf("%w (%w)", errBusy, err)
 }
 
 // handshake runs on a goroutine of its own: what its stack needs is given back at once.

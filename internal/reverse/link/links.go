@@ -17,6 +17,9 @@ import (
 const (
 	firstRetry = 100 * time.Millisecond
 	lastRetry  = 2 * time.Second
+	// firstBusy and lastBusy are the same after an attempt that a hub was too busy for.
+	firstBusy = 4 * time.Second
+	lastBusy  = 16 * time.Second
 	// shrinkAfter is how long a connection beyond the least number stays without streams.
 	shrinkAfter = time.Minute
 	// DrainTimeout is how long streams may go on after a go-away.
