@@ -30,18 +30,21 @@ func servicePath(brief bool) *suite {
 			return newServing(t, l, name, mode, services, brief)
 		}}
 	}
-	haproxy := start("HAProxy, TCP, 1 service", "", 1)
-	haproxy.absent = needs("haproxy")
+	haproxy := func(services int, name string) contender {
+		c := start("HAProxy, TCP, "+name+" services", "", services)
+		c.absent = needs("haproxy")
+		return c
+	}
 	s := &suite{
 		name: "services", title: "Services: site → tunnel → service address → pod", against: "Translate, 10 services",
 		metrics: []metric{
 			{name: "one stream", unit: "Gbit/s"}, {name: "new connections", unit: "1/s"}, {name: "first byte", unit: "ms", less: true}, {name: "first byte p99", unit: "ms", less: true}, {name: "an endpoint changes", unit: "ms", less: true},
 		},
-		contenders: []contender{start("Translate, 10 services", "Translate", 10), start("Proxy, 10 services", "Proxy", 10), haproxy},
+		contenders: []contender{start("Translate, 10 services", "Translate", 10), start("Proxy, 10 services", "Proxy", 10), haproxy(10, "10")},
 	}
 	if !brief {
 		s.contenders = append(s.contenders, start("Route, kube-proxy, 10 services", "Route", 10), start("Translate, 1,000 services", "Translate", 1000), start("Translate, 10,000 services", "Translate", 10000),
-			start("Proxy, 1,000 services", "Proxy", 1000), start("Proxy, 10,000 services", "Proxy", 10000),
+			start("Proxy, 1,000 services", "Proxy", 1000), start("Proxy, 10,000 services", "Proxy", 10000), haproxy(1000, "1,000"), haproxy(10000, "10,000"),
 			start("Route, kube-proxy, 1,000 services", "Route", 1000), start("Route, kube-proxy, 10,000 services", "Route", 10000))
 	}
 	return s
@@ -93,7 +96,7 @@ func newServing(t *testing.T, l *labtest.Lab, name, mode string, services int, b
 	}
 	switch mode {
 	case "":
-		s.haproxy()
+		s.haproxy(services)
 	case "Route":
 		s.proxied(services)
 	default:
@@ -138,13 +141,17 @@ func clusterTraffic(mode string) string {
 	return "  clusterTraffic: {services: " + mode + "}\n"
 }
 
-// haproxy has the gateway's host answer for the service.
-func (s *serving) haproxy() {
+// haproxy has the gateway's host answer for the services.
+func (s *serving) haproxy(services int) {
+	var others strings.Builder
+	for i := range services - 1 {
+		fmt.Fprintf(&others, "listen other-%d\n  bind %s:80\n  server pod %s:7000\n", i, otherService(i), targetIP)
+	}
 	conf := func(pod string) {
-		s.write("haproxy.cfg", "global\n  maxconn 4000\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\nlisten web\n  bind "+servicesIP+":80\n  server pod "+pod+":7000\n")
+		s.write("haproxy.cfg", "global\n  maxconn 4000\ndefaults\n  mode tcp\n  timeout connect 5s\n  timeout client 60s\n  timeout server 60s\nlisten web\n  bind "+servicesIP+":80\n  server pod "+pod+":7000\n"+others.String())
 	}
 	conf(targetIP)
-	s.b.IP("addr", "add", servicesIP+"/32", "dev", "lo")
+	s.b.IP("route", "add", "local", "10.96.0.0/12", "dev", "lo") // all of them can be bound to
 	cmd, _ := s.b.Background("haproxy", "-W", "-db", "-f", s.path("haproxy.cfg"))
 	s.pids = append(s.pids, cmd.Process.Pid)
 	s.insist = true
