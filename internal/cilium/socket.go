@@ -19,7 +19,7 @@ import (
 const socketTimeout = 30 * time.Second
 
 // ErrNoEndpoint is that Cilium knows no endpoint with an address.
-var ErrNoEndpoint = errors.New("Cilium knows no such endpoint") //nolint:staticcheck // a name
+var ErrNoEndpoint = errors.New("Cilium knows no such endpoint")
 
 // Socket is the API of the Cilium agent on a node, the one that cilium-dbg speaks: HTTP over a
 // Unix socket (https://docs.cilium.io/en/v1.15/api/). Make it with NewSocket.

@@ -40,7 +40,7 @@ func agentAPI(t *testing.T) (socket string, option *string) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := &http.Server{Handler: mux} //nolint:gosec // of a test
+	server := &http.Server{Handler: mux}
 	done := make(chan struct{})
 	go func() { defer close(done); _ = server.Serve(l) }()
 	t.Cleanup(func() { _ = server.Close(); <-done })

@@ -116,7 +116,11 @@ func judgeCilium(config cilium.Settings, version string, links map[string]string
 		f.add(findingNote, "Cilium: ipam", "%s: pods are not in their nodes' spec.podCIDRs: gateways work, a NodeEncryption is refused", ipam)
 	}
 	f.encryption(config, encrypts)
+	masquerades := on("enable-bpf-masquerade") && config["devices"] == ""
 	for _, name := range slices.Sorted(maps.Keys(links)) {
+		if (links[name] == "" || links[name] == "Encapsulated") && masquerades {
+			f.add(findingFail, "VPNGateway "+name, "Cilium masquerades in eBPF (bpf.masquerade) at every link that it finds, and so at cvtnodes: what pods say to sites and devices has the node's address; set devices to the nodes' uplinks (devices=eth0)")
+		}
 		if links[name] != "CiliumEndpoint" {
 			continue
 		}

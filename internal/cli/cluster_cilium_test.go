@@ -35,6 +35,16 @@ func TestJudgeCilium(t *testing.T) {
 			encrypts: true, broken: true,
 			want: []string{"FAIL Cilium: NodeEncryption is refused", "or kubeProxyReplacement=false"},
 		},
+		"masquerades at each link": {
+			config: map[string]string{"kube-proxy-replacement": "true", "enable-bpf-masquerade": "true"}, broken: true,
+			links: map[string]string{"vpn/hq": ""},
+			want:  []string{"FAIL VPNGateway vpn/hq Cilium masquerades in eBPF", "devices=eth0"},
+		},
+		"masquerades at the uplink": {
+			config: map[string]string{"kube-proxy-replacement": "true", "enable-bpf-masquerade": "true", "devices": "eth0"},
+			links:  map[string]string{"vpn/hq": ""},
+			want:   []string{"true: services Translate works"},
+		},
 		"the endpoint's way without tunnels": {
 			version: "1.15.19", broken: true,
 			config: map[string]string{"routing-mode": "native"},

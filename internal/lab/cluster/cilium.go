@@ -75,6 +75,7 @@ mountpoint -q /sys/fs/bpf || mount -t bpf none /sys/fs/bpf
 printf '%%s 0 0 - Live 0x0\n' ip{,6}_tables iptable_{nat,mangle,raw,filter} ip6table_{nat,mangle,raw,filter} >/etc/kernel-modules
 mkdir -p /var/lib/cilium
 [[ -e /var/lib/cilium/bpf ]] || cp -r %[1]s/bpf /var/lib/cilium/bpf
+ln -sf %[1]s/cni/cilium-cni /opt/cni/bin/
 export PATH=%[1]s/tools:$PATH K8S_NODE_NAME=$(hostname)
 exec %[1]s/cilium-agent "$@"
 `
@@ -118,7 +119,7 @@ func (c *Cluster) SetCilium(ctx context.Context, values ...string) error {
 	}
 	var wg sync.WaitGroup
 	for i, n := range c.Nodes {
-		wg.Go(func() { errs[i] = n.awaitCilium(ctx) })
+		wg.Go(func() { errs[i] = n.AwaitCilium(ctx) })
 	}
 	wg.Wait()
 	return errors.Join(errors.Join(errs...), c.save())
@@ -209,7 +210,7 @@ func (n *Node) RestartCilium(ctx context.Context) error {
 	if err := n.cluster.KillProgram(n.Name, "cilium-agent"); err != nil {
 		return err
 	}
-	return n.awaitCilium(ctx)
+	return n.AwaitCilium(ctx)
 }
 
 // CiliumDebug runs cilium-dbg against a node's agent and returns what it printed.
@@ -217,7 +218,9 @@ func (n *Node) CiliumDebug(ctx context.Context, args ...string) (string, error) 
 	return n.Run(ctx, filepath.Join(n.cluster.cilium, "cilium-dbg"), args...)
 }
 
-func (n *Node) awaitCilium(ctx context.Context) error {
+// AwaitCilium returns when the node's agent, which was started just now, and all its endpoints are
+// ready.
+func (n *Node) AwaitCilium(ctx context.Context) error {
 	// What the one before has left must not count.
 	time.Sleep(time.Second)
 	err := until(ctx, 4*time.Minute, "Cilium's agent on "+n.Name+" is ready", func() error {

@@ -95,7 +95,7 @@ table ip6 cni-masquerade {
 func (n *Node) configure() error {
 	c := n.cluster
 	files := map[string]string{
-		"containerd/config.toml":  fmt.Sprintf(containerdConfig, c.plugIns()),
+		"containerd/config.toml":  fmt.Sprintf(containerdConfig, plugIns),
 		"kubernetes/kubelet.yaml": fmt.Sprintf(kubeletConfig, c.pki("ca.crt"), c.pki(n.Name+"-serving.crt"), c.pki(n.Name+"-serving.key"), DNS[0]),
 	}
 	if c.options.CNI == Bridge {

@@ -43,13 +43,8 @@ func (c *Cluster) Program(name string) string {
 	return filepath.Join(c.programs, name)
 }
 
-// plugIns is the directory with the nodes' CNI plug-ins.
-func (c *Cluster) plugIns() string {
-	if c.options.CNI == Cilium {
-		return filepath.Join(c.cilium, "cni")
-	}
-	return "/opt/cni/bin" // the node's own, see init.sh
-}
+// plugIns is the directory with the nodes' CNI plug-ins, each node's own: see init.sh.
+const plugIns = "/opt/cni/bin"
 
 // moduleRoot finds Culvert's source: its module is above the working directory.
 func moduleRoot() (string, error) {
