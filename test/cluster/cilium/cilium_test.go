@@ -53,9 +53,12 @@ func TestCilium(t *testing.T) {
 	t.Run("policies", w.policiesSee)
 	t.Run("node link CiliumEndpoint", w.endpointsWay)
 	w.faults(t, "tunnel")
+	w.unlucky(t)
+	t.Run("encrypted, kube-proxy, tunnel", w.encrypted)
 	w.cell(t, cell{"kube-proxy, native routing", native}, true)
 	t.Run("node link CiliumEndpoint, native routing", w.endpointsWayRefused)
 	w.faults(t, "native routing")
+	t.Run("encrypted, kube-proxy, native routing", w.encrypted)
 }
 
 // TestCiliumInPlaceOfKubeProxy is the rest of the matrix.
