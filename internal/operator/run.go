@@ -300,6 +300,9 @@ func (l *loop) Reconcile(ctx context.Context, _ everything) (reconcile.Result, e
 	}
 	if err != nil {
 		pause := min(retryFirst<<l.failed, retryLast)
+		if l.operator.waiting { // for something else than what failed
+			pause = min(pause, lookSoon)
+		}
 		l.failed = min(l.failed+1, 16)
 		l.log.Warn("a round was not completed; it is tried again", "after", pause.String(), "error", oneLine(err))
 		return reconcile.Result{RequeueAfter: pause}, nil
