@@ -71,17 +71,21 @@ func (e *Egress) Open(ctx context.Context, target string) (*mux.Stream, wire.Ope
 		return nil, wire.Opened{}, refusal
 	}
 	began := time.Now()
-	e.awaitHub(ctx)
-	timeout := link.DialTimeout - time.Since(began)
-	return e.links.Open(ctx, wire.Open{Kind: wire.StreamTarget, Timeout: timeout, Target: t.String()}, wire.ReasonNoHub)
+	wait, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	for {
+		e.awaitHub(wait)
+		timeout := link.DialTimeout - time.Since(began)
+		st, answer, refusal := e.links.Open(ctx, wire.Open{Kind: wire.StreamTarget, Timeout: timeout, Target: t.String()}, wire.ReasonNoHub)
+		if refusal == nil || refusal.Reason != wire.ReasonNoHub || wait.Err() != nil {
+			return st, answer, refusal
+		}
+		// The hub that was there has gone away in between.
+	}
 }
 
+// awaitHub waits until there is a hub, or ctx ends.
 func (e *Egress) awaitHub(ctx context.Context) {
-	if e.links.Ready() {
-		return
-	}
-	ctx, cancel := context.WithTimeout(ctx, patience)
-	defer cancel()
 	for {
 		changed := e.links.Changed()
 		if e.links.Ready() {

@@ -105,9 +105,10 @@ func (k *keeper) retire(s *mux.Session) {
 	drain(k.alive, s, DrainTimeout)
 }
 
-// replace ends a session that is off the list once another one has taken its place: all are
-// renewed at once, and the other end must not be without any meanwhile.
-func (k *keeper) replace(s *mux.Session) {
+// replace ends a session that is off the list, and has it leave the pool, once another one has
+// taken its place: all are renewed at once, and neither end must be without any meanwhile.
+func (k *keeper) replace(s *mux.Session, leave func()) {
+	defer leave()
 	until := k.links.oldUntil()
 	for time.Until(until) > 0 && !k.usable() {
 		select {
@@ -118,6 +119,7 @@ func (k *keeper) replace(s *mux.Session) {
 		case <-time.After(20 * time.Millisecond):
 		}
 	}
+	leave()
 	s.GoAway()
 	drain(k.alive, s, time.Until(k.links.oldUntil()))
 }
@@ -176,9 +178,13 @@ func (k *keeper) connect() error {
 	l.lmu.Unlock()
 	l.opts.Logger.Debug("connected", "hub", k.hub.ServerName, "address", k.hub.Address, "connections", n)
 
-	asked := k.hold(s)
-	remove()
+	asked, renew := k.hold(s)
 	n = k.forget(s)
+	if renew {
+		go k.replace(s, remove)
+	} else {
+		remove()
+	}
 	l.opts.Meter.Sessions(k.hub.ServerName, n)
 	if !asked {
 		l.opts.Meter.Lost()
@@ -218,8 +224,9 @@ func (k *keeper) failing(err error) {
 	}
 }
 
-// hold stays until a session ends; asked: one of the ends wanted it to.
-func (k *keeper) hold(s *mux.Session) (asked bool) {
+// hold stays until a session ends, or is to be replaced (renew); asked: one of the ends wanted it
+// to.
+func (k *keeper) hold(s *mux.Session) (asked, renew bool) {
 	ticker := time.NewTicker(time.Second)
 	defer ticker.Stop()
 	stop := k.ctx.Done()
@@ -227,17 +234,16 @@ func (k *keeper) hold(s *mux.Session) (asked bool) {
 	for {
 		select {
 		case <-s.Done():
-			return asked || s.Draining()
+			return asked || s.Draining(), false
 		case <-renewed:
-			go k.replace(s)
-			return true
+			return true, true
 		case <-stop:
 			asked, stop = true, nil
 			s.GoAway()
 			go drain(k.alive, s, DrainTimeout)
 		case <-ticker.C:
 			if !asked && s.Draining() && s.Err() == nil { // the hub is about to stop
-				return true
+				return true, false
 			}
 		}
 	}
