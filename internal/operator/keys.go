@@ -68,11 +68,17 @@ func (r *round) deviceSecrets(ctx context.Context) error {
 	})
 }
 
-// granted calls do until the operator's grant is in effect.
-func granted(ctx context.Context, do func() error) error {
+// granted calls do until the operator's grant in a namespace is in effect. Where it was not in time
+// for one, the others of the round do not wait for it: in a namespace that is being deleted, with
+// its Roles gone, it never comes, and a thousand devices there would hold up everybody else's.
+func (r *round) granted(ctx context.Context, namespace string, do func() error) error {
 	for attempt := 0; ; attempt++ {
 		err := do()
-		if !apierrors.IsForbidden(err) || attempt == grantAttempts {
+		if !apierrors.IsForbidden(err) {
+			return err
+		}
+		if _, hopeless := r.ungranted.Load(namespace); hopeless || attempt == grantAttempts {
+			r.ungranted.Store(namespace, true)
 			return err
 		}
 		select {
@@ -85,7 +91,7 @@ func granted(ctx context.Context, do func() error) error {
 
 func (r *round) readSecret(ctx context.Context, namespace, name string) (*corev1.Secret, error) {
 	var s corev1.Secret
-	err := granted(ctx, func() error {
+	err := r.granted(ctx, namespace, func() error {
 		return r.Live.Get(ctx, types.NamespacedName{Namespace: namespace, Name: name}, &s)
 	})
 	return &s, err
@@ -230,7 +236,7 @@ func (r *round) makeSecret(ctx context.Context, d *deviceState, c *deviceConfig)
 	if err != nil {
 		return netstate.Key{}, errors.New("its Secret cannot be written down")
 	}
-	err = granted(ctx, func() error {
+	err = r.granted(ctx, d.Namespace, func() error {
 		return r.Writer.Apply(ctx, client.ApplyConfigurationFromUnstructured(u.DeepCopy()), client.FieldOwner(Manager+"-"+r.process))
 	})
 	return keys.Public, err
@@ -276,7 +282,7 @@ func (r *round) updateSecret(ctx context.Context, d *deviceState, c *deviceConfi
 		return netstate.Key{}, errors.New("its Secret cannot be written down")
 	}
 	target := &corev1.Secret{ObjectMeta: s.ObjectMeta}
-	err = granted(ctx, func() error {
+	err = r.granted(ctx, d.Namespace, func() error {
 		return r.Writer.Patch(ctx, target, client.RawPatch(types.MergePatchType, patch), client.FieldOwner(Manager))
 	})
 	return keys.Public, err

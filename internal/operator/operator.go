@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"sync"
 	"time"
 
 	rbacv1 "k8s.io/api/rbac/v1"
@@ -110,6 +111,9 @@ type round struct {
 	devices  map[model.ID]*deviceState  // of accepted gateways, accepted
 	remotes  map[model.ID]*remoteState  // accepted ones that have hubs
 	desired  map[objectKey]bool         // everything that is to exist
+	// ungranted holds the namespaces (string) in which a grant of the operator's own did not come
+	// into effect in time.
+	ungranted sync.Map
 }
 
 // gatewayState is an accepted gateway and what came of it.
