@@ -53,8 +53,8 @@ check-vulnerabilities:
 
 .PHONY: test
 test: setup build ## everything: set-up, build, check, then every layer of tests, also after one that failed
-	@failed=; for layers in check kubernetes test-netlab test-cluster "test-cilium test-kernel"; do \
-		$(MAKE) --no-print-directory --keep-going --jobs=$$(wc -w <<<"$$layers") --output-sync=target $$layers || failed+=" $$layers"; \
+	@failed=; for layer in check kubernetes test-netlab test-cluster test-cilium test-kernel; do \
+		$(MAKE) --no-print-directory $$layer || failed+=" $$layer"; \
 	done; \
 	if [[ -n $$failed ]]; then echo "failed:$$failed" >&2; exit 1; fi
 	@hack/layer.sh "all layers passed"

@@ -111,19 +111,22 @@ kernel)
 	;;
 cluster)
 	hack/layer.sh "tests in real Kubernetes clusters of two nodes"
-	# They mostly wait: two run at a time, each with a cluster of its own, the longest first. What
-	# they hold to times is the best of several rounds, or has room for a neighbour.
-	longest="$module/test/cluster/gateway $module/test/cluster/encryption $module/test/cluster/chart"
-	# shellcheck disable=SC2046,SC2086 # one word per package
-	fresh cluster $longest $(go list ./test/cluster/... | grep -v -x -F "$(tr ' ' '\n' <<<"$longest $module/test/cluster/cilium")")
-	if [[ -n $packages ]]; then
-		hack/kubernetes.sh >/dev/null
-		hack/helm.sh >/dev/null
-		hack/image.sh
-		hack/image.sh --check
-		export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar # not once more in each package
-		run -timeout 25m -p 2
-	fi
+	# Those that hold gateways to times, or count what a cluster leaves, have the machine to
+	# themselves. The others mostly wait, so two run at a time, each with a cluster of its own.
+	all=$(go list ./test/cluster/... | grep -v -x -F "$module/test/cluster/cilium")
+	alone="/(cluster|gateway|jobs|nodelink)$"
+	hack/kubernetes.sh >/dev/null
+	hack/helm.sh >/dev/null
+	hack/image.sh
+	hack/image.sh --check
+	export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar # not once more in each package
+	# shellcheck disable=SC2046 # one word per package
+	{
+		fresh cluster $(grep -v -E "$alone" <<<"$all")
+		run -timeout 25m -p 2 -skip '^TestCilium'
+		fresh cluster $(grep -E "$alone" <<<"$all")
+		run -timeout 25m -p 1
+	}
 	;;
 cilium)
 	hack/layer.sh "tests in a real Kubernetes cluster with a real Cilium"
