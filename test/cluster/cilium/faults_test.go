@@ -137,8 +137,8 @@ func unharmed(t *testing.T, probes []*probe) {
 	}
 }
 
-// agentsRestart: Cilium's agents are killed, one after the other, and come back; nothing is lost, but for
-// what a load balancer keeps away from nodes that do not say that they are well.
+// agentsRestart: Cilium's agents are killed, one after the other, and come back; nothing is lost. In
+// place of kube-proxy they themselves answer a load balancer's health checks, and ours has patience.
 func (w *world) agentsRestart(t *testing.T) {
 	probes := w.probes(t)
 	time.Sleep(time.Second)
@@ -150,19 +150,7 @@ func (w *world) agentsRestart(t *testing.T) {
 		}
 	}
 	time.Sleep(2 * time.Second)
-	out, err := w.TryKubectl("-n", "kube-system", "get", "configmap", "cilium-config", "-o", "jsonpath={.data.kube-proxy-replacement}")
-	if err != nil || out != "true" {
-		unharmed(t, probes)
-		return
-	}
-	// Then Cilium's agents themselves answer the load balancer's health checks, once a second here.
-	for _, p := range probes {
-		sent, lost, gap := p.outcome()
-		t.Logf("%s: %d of %d lost, %s without an answer", p.what, lost, sent, gap.Round(100*time.Millisecond))
-		if gap > 20*time.Second {
-			t.Errorf("%s: %s without an answer, want 20 s at most", p.what, gap)
-		}
-	}
+	unharmed(t, probes)
 }
 
 // relabelled: the gateway's pod and those that it leads to get new labels, and so other
