@@ -90,7 +90,7 @@ cluster-down: ## remove it; NAME=
 
 .PHONY: speed
 speed: setup ## the goals for speed, against peers in the same run (root, a machine that does nothing else)
-	@CULVERT_GOALS=1 go test ./test/netlab ./test/encryption ./internal/relay ./internal/reverse/front ./test/reverse -run '^(TestScaleSpeed|TestSpeed|TestOneMoreNode|TestOneStream.*|TestConnectLatency|TestStreamSpeed|TestStalled.*)$$' -p 1 -count=1 -v
+	@CULVERT_GOALS=1 go test ./test/netlab ./test/encryption ./internal/relay ./internal/reverse/front ./test/reverse -run '^(TestScaleSpeed|TestScaleAdd|TestSpeed|TestOneMoreNode|TestOneStream.*|TestConnectLatency|TestStreamSpeed|TestStalled.*)$$' -p 1 -count=1 -v
 
 .PHONY: bench
 bench: setup ## side by side with peers, which it builds itself (root); ONLY=tunnels,reverse ROUNDS=5
