@@ -111,10 +111,10 @@ kernel)
 	;;
 cluster)
 	hack/layer.sh "tests in real Kubernetes clusters of two nodes"
-	# Those that hold gateways to times, or count what a cluster leaves, have the machine to
-	# themselves. The others mostly wait, so two run at a time, each with a cluster of its own.
+	# Those that hold Culvert to times, make it work hard, or count what a cluster leaves, have the machine
+	# to themselves. The others mostly wait, so two run at a time, each with a cluster of its own.
 	all=$(go list ./test/cluster/... | grep -v -x -F "$module/test/cluster/cilium")
-	alone="/(cluster|gateway|jobs|nodelink)$"
+	alone="/(cluster|gateway|jobs|nodelink|operator|reverse)$"
 	hack/kubernetes.sh >/dev/null
 	hack/helm.sh >/dev/null
 	hack/image.sh

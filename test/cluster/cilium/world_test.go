@@ -153,7 +153,7 @@ func newWorld(t *testing.T, values []string, install ...string) *world {
 		_, err := w.TryKubectl("-n", "vpn", "get", "service", "culvert-hq")
 		return err
 	})
-	b := w.Balance("vpn", "culvert-hq", cluster.BalanceOptions{Patience: 20 * time.Second})
+	b := w.Balance("vpn", "culvert-hq", cluster.BalanceOptions{})
 	w.Kubectl("-n", "vpn", "wait", "vpngateway/hq", "--for=condition=Ready", "--timeout=60s")
 	outer := b.Addresses[0].String()
 	w.lab = labtest.New(t)
