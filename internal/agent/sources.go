@@ -31,7 +31,8 @@ type sources struct {
 
 	mu     sync.Mutex
 	lift   map[sender]bool // those whose sources are not to be verified
-	lifted map[sender]bool // those for which that was said
+	lifted map[sender]bool // those for which that was said, or may have been by an earlier process
+	known  map[sender]bool // this node's gateway pods, as they were last named
 	failed map[sender]error
 }
 
@@ -53,20 +54,27 @@ var errNoSocket = errors.New("nodeLink CiliumEndpoint needs the socket of Cilium
 
 // set names the pods, and returns what went wrong with the ones of before.
 func (s *sources) set(n node) (changed int, err error) {
-	lift := map[sender]bool{}
+	lift, known := map[sender]bool{}, map[sender]bool{}
 	for _, gw := range n.model.Gateways {
-		if len(plan.BehindGateway(gw)) == 0 {
-			continue
-		}
 		for _, pod := range n.facts.Pods[gw.ID] {
-			if pod.Active && pod.Node == n.facts.Node.Name && len(pod.PodIPs) > 0 {
-				lift[sender{gw.Namespace, pod.Name, pod.PodIPs[0]}] = true
+			if pod.Node != n.facts.Node.Name || len(pod.PodIPs) == 0 {
+				continue
+			}
+			x := sender{gw.Namespace, pod.Name, pod.PodIPs[0]}
+			known[x] = true
+			if pod.Active && len(plan.BehindGateway(gw)) > 0 {
+				lift[x] = true
 			}
 		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.lift = lift
+	for x := range known {
+		if !s.known[x] && !lift[x] {
+			s.lifted[x] = true // a change while no agent ran is not to leave them unverified
+		}
+	}
+	s.lift, s.known = lift, known
 	if s.socket == nil && len(lift) > 0 {
 		return 0, errNoSocket
 	}

@@ -22,12 +22,13 @@ func TestWhoseSourcesAreLifted(t *testing.T) {
 		ranges []netip.Prefix
 		pod    plan.GatewayPod
 		want   int
+		again  int // to be verified again, should an earlier process have had it otherwise
 	}{
-		"active":            {"CiliumEndpoint", ranges, pod("culvert-hq-0", "n1", true), 1},
-		"standby":           {"CiliumEndpoint", ranges, pod("culvert-hq-0", "n1", false), 0},
-		"on another node":   {"CiliumEndpoint", ranges, pod("culvert-hq-0", "n2", true), 0},
-		"nothing behind it": {"CiliumEndpoint", nil, pod("culvert-hq-0", "n1", true), 0},
-		"another link":      {"Encapsulated", ranges, pod("culvert-hq-0", "n1", true), 0},
+		"active":            {"CiliumEndpoint", ranges, pod("culvert-hq-0", "n1", true), 1, 0},
+		"standby":           {"CiliumEndpoint", ranges, pod("culvert-hq-0", "n1", false), 0, 1},
+		"on another node":   {"CiliumEndpoint", ranges, pod("culvert-hq-0", "n2", true), 0, 0},
+		"nothing behind it": {"CiliumEndpoint", nil, pod("culvert-hq-0", "n1", true), 0, 1},
+		"another link":      {"Encapsulated", ranges, pod("culvert-hq-0", "n1", true), 0, 1},
 	} {
 		var n node
 		n.model = &model.Model{Gateways: []*model.Gateway{{ID: id, NodeLink: c.link, DeviceRanges: c.ranges}}}
@@ -36,6 +37,9 @@ func TestWhoseSourcesAreLifted(t *testing.T) {
 		s := newSources("/nowhere/cilium.sock", slog.New(slog.DiscardHandler))
 		if _, err := s.set(n); err != nil || len(s.lift) != c.want {
 			t.Errorf("%s: %v, %v; want %d", name, s.lift, err, c.want)
+		}
+		if len(s.lifted) != c.again {
+			t.Errorf("%s: %v are to be verified again, want %d", name, s.lifted, c.again)
 		}
 		_, err := newSources("", slog.New(slog.DiscardHandler)).set(n)
 		if (err != nil) != (c.want > 0) || err != nil && !strings.Contains(err.Error(), "cilium.enabled=true") {
