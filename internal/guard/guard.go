@@ -16,7 +16,8 @@
 //	in_unknown   for what is attached to a pod's link, to an address that is no pod's
 //	out_pods     would have left in the clear for a pod or site
 //	out_nodes    would have left in the clear from a pod for a node
-//	out_overlay  a packet of an overlay network that would have left for a node
+//	out_overlay  a packet of an overlay network that would have left for a node; one of the network
+//	             plugin's, for anybody
 //	out_hosts    would have left in the clear for a node (scope All)
 //	out_unknown  from a pod's link, with a source that is no pod's
 package guard

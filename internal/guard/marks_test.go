@@ -5,6 +5,7 @@ import (
 	"net"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 	"github.com/culvert-vpn/culvert/internal/netstate"
@@ -80,6 +81,56 @@ func TestOverlayFromTheWire(t *testing.T) {
 		})
 		if n := counted(t, h, x, "in_overlay"); n != uint64(i) {
 			t.Errorf("overlay at UDP %d: %d packets are dropped, want %d", port, n, i)
+		}
+	}
+}
+
+// An overlay's packets leave in the clear for nobody: the network plugin may have a node's address that the guard
+// does not know yet, or any more. A pod's own packets to the same port of the world leave.
+func TestOverlayToStrangers(t *testing.T) {
+	labtest.Require(t, "nft")
+	lab := labtest.New(t)
+	h, stranger, pod := lab.Host("node"), lab.Host("stranger"), lab.Host("pod")
+	lab.Connect(stranger, "eth0", "172.31.0.66/24", h, "eth0", "172.31.0.1/24")
+	lab.Connect(pod, "eth0", "10.244.1.7/24", h, "cni0", "10.244.1.1/24")
+	stranger.IP("route", "add", "10.244.1.0/24", "via", "172.31.0.1")
+	pod.IP("route", "add", "default", "via", "10.244.1.1")
+	var x *Guard
+	h.Do(func() (err error) { x, err = New(Options{}); return err })
+	h.Sysctl("net/ipv4/ip_forward", "1")
+	say := func(from *labtest.Host, name, to string) {
+		from.Do(func() error {
+			c, err := net.Dial("udp", to)
+			if err != nil {
+				return err
+			}
+			_, _ = c.Write([]byte(name)) // refused: dropped on its way out
+			return c.Close()
+		})
+	}
+	g := example(2)
+	for i, c := range []struct {
+		port  uint16
+		heard []string
+	}{{0, []string{"host", "pod"}}, {8472, []string{"pod"}}} {
+		var ear net.PacketConn
+		stranger.Do(func() (err error) { ear, err = net.ListenPacket("udp4", "172.31.0.66:8472"); return err })
+		g.Overlay = c.port
+		set(t, h, x, g)
+		say(h, "host", "172.31.0.66:8472")
+		say(h, "host", "172.31.0.66:8473")
+		say(h, "host", "10.244.1.7:8472") // on this node
+		say(pod, "pod", "172.31.0.66:8472")
+		for _, want := range c.heard {
+			b := make([]byte, 16)
+			_ = ear.SetReadDeadline(time.Now().Add(5 * time.Second))
+			if n, _, err := ear.ReadFrom(b); err != nil || string(b[:n]) != want {
+				t.Errorf("overlay at UDP %d: heard %q, %v; want the %s's", c.port, b[:n], err, want)
+			}
+		}
+		_ = ear.Close()
+		if n := counted(t, h, x, "out_overlay"); n != uint64(i) {
+			t.Errorf("overlay at UDP %d: %d packets are dropped, want %d", c.port, n, i)
 		}
 	}
 }

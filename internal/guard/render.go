@@ -240,6 +240,12 @@ func (t *table) outgoing(g *netstate.Guard, patterns []string) {
 			"{ip} daddr . meta l4proto . th dport @exempt{n} "+mark(netstate.MarkExempt),
 			"{ip} daddr @nodes{n} {ip} saddr . meta l4proto . th sport @exempt{n} "+mark(netstate.MarkExempt))
 	}
+	if g.Overlay != 0 {
+		// The network plugin may know a node before this node does, or by an address that it had once. What
+		// pods say to the world by the same port does not come by here.
+		rules = append(rules, insideRules("oifname", patterns, "return")...)
+		rules = append(rules, each(fmt.Sprintf("{ip} daddr != @nodes{n} udp dport %d goto out_overlay", g.Overlay))...)
+	}
 	t.chain("output", hook("route", "output", priorityMark), rules...)
 
 	rules = insideRules("oifname", patterns, "accept")

@@ -53,7 +53,8 @@ type Guard struct {
 	Pods, Sites []netip.Prefix // of the whole cluster
 	AllTraffic  bool
 	// Overlay is the UDP port of the network plugin's overlay, whose packets pass by Link only: on
-	// other links they are dropped when they arrive, whoever sent them. 0: nothing is known of one.
+	// other links they are dropped when they arrive, whoever sent them, and when the host sends them,
+	// to whomever. 0: nothing is known of one.
 	Overlay uint16
 	// Strict drops; otherwise what would be dropped is counted only.
 	Strict bool
