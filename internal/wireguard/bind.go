@@ -2,7 +2,6 @@ package wireguard
 
 import (
 	"encoding/binary"
-	"errors"
 	"net"
 	"runtime"
 	"sync"
@@ -39,9 +38,9 @@ type initiation struct {
 	at     time.Time
 }
 
-// bind is the library's UDP sockets with initiations held back.
+// bind is the sockets of a device, with initiations held back.
 type bind struct {
-	*conn.StdNetBind
+	sockets
 	checker wg.CookieChecker
 	waiting chan *initiation
 	sent    atomic.Int64 // packets handed to the sockets
@@ -55,20 +54,14 @@ type bind struct {
 }
 
 func newBind() *bind {
-	return &bind{
-		StdNetBind: conn.NewStdNetBind().(*conn.StdNetBind),
-		waiting:    make(chan *initiation, waitingMax),
-	}
+	return &bind{waiting: make(chan *initiation, waitingMax)}
 }
 
 // Open adds a source of packets to the sockets': those that waited.
 func (b *bind) Open(port uint16) ([]conn.ReceiveFunc, uint16, error) {
-	fns, actual, err := b.StdNetBind.Open(port)
+	fns, actual, err := b.sockets.Open(port)
 	if err != nil {
 		return nil, 0, err
-	}
-	if err := mayFragment(b.StdNetBind); err != nil {
-		return nil, 0, errors.Join(err, b.StdNetBind.Close())
 	}
 	for i, fn := range fns {
 		fns[i] = b.holdBack(fn)
@@ -88,38 +81,16 @@ func (b *bind) Close() error {
 		b.quit = nil
 	}
 	b.mu.Unlock()
-	return b.StdNetBind.Close()
+	return b.sockets.Close()
 }
 
-// Send retries one by one what cannot be segmented, and without the remembered source
-// address, which may be gone.
+// Send counts what it sends.
 func (b *bind) Send(bufs [][]byte, to conn.Endpoint, offset int) error {
 	b.sent.Add(int64(len(bufs)))
 	if k, ok := to.(*knock); ok {
 		to = k.Endpoint
 	}
-	err := b.StdNetBind.Send(bufs, to, offset)
-	if len(bufs) > 1 && tooLong(err) {
-		// Of what was sent already the peer drops the second copy.
-		err = b.sendEach(bufs, to, offset)
-	}
-	if err == nil || errors.As(err, new(conn.ErrUDPGSODisabled)) || errors.Is(err, net.ErrClosed) {
-		return err
-	}
-	if !to.SrcIP().IsValid() {
-		return err
-	}
-	to.ClearSrc()
-	return b.StdNetBind.Send(bufs, to, offset)
-}
-
-func (b *bind) sendEach(bufs [][]byte, to conn.Endpoint, offset int) error {
-	for i := range bufs {
-		if err := b.StdNetBind.Send(bufs[i:i+1], to, offset); err != nil {
-			return err
-		}
-	}
-	return nil
+	return b.sockets.Send(bufs, to, offset)
 }
 
 func (b *bind) holdBack(fn conn.ReceiveFunc) conn.ReceiveFunc {
