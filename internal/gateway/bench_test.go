@@ -55,7 +55,7 @@ spec:
 		b.Fatal(objects.Count(), err)
 	}
 	known := store.Objects{FirstSeen: map[string]time.Time{}}
-	stamp(objects, &known, time.Now())
+	stamp(objects, model.Objects{}, &known, time.Now())
 	m := model.Parse(objects, model.ParseOptions{})
 	gw := m.Gateways[0]
 	addresses, _, _ := plan.Addresses(gw, nil)
@@ -84,7 +84,7 @@ spec:
 	})
 	b.Run("stamp", func(b *testing.B) {
 		for b.Loop() {
-			stamp(objects, &known, time.Now())
+			stamp(objects, model.Objects{}, &known, time.Now())
 		}
 	})
 	b.Run("parse", func(b *testing.B) {

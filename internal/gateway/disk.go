@@ -20,6 +20,8 @@ type disk struct {
 	store   *store.Store
 	known   store.Objects
 	unsaved bool // known is not what is on disk
+	last    model.Objects
+	given   map[model.ID][]netip.Addr // addresses that known does not have yet; nil: none
 }
 
 func newDisk(manifests string, s *store.Store) (*disk, error) {
@@ -35,9 +37,13 @@ func (d *disk) Name() string { return "manifests" }
 // Read implements backing: every object has the time at which it was first seen.
 func (d *disk) Read() (model.Objects, []model.Problem, error) {
 	objects, problems, err := d.Files.Read()
-	if err == nil && stamp(objects, &d.known, time.Now()) {
+	if err != nil {
+		return objects, problems, err
+	}
+	if stamp(objects, d.last, &d.known, time.Now()) {
 		d.unsaved = true
 	}
+	d.last = objects
 	return objects, problems, err
 }
 
@@ -70,8 +76,7 @@ func (d *disk) Identity(context.Context, *model.Gateway) (id identity, err error
 func (d *disk) Devices(gw *model.Gateway, facts *plan.Facts) ([]model.Problem, error) {
 	addresses, changed, problems := plan.Addresses(gw, d.known.Addresses)
 	if changed {
-		d.known.Addresses = plan.AddressBook(addresses)
-		d.unsaved = true
+		d.given, d.unsaved = addresses, true
 	}
 	facts.Addresses = addresses
 	facts.DeviceKeys = map[model.ID]netstate.Key{}
@@ -93,6 +98,9 @@ func (d *disk) Devices(gw *model.Gateway, facts *plan.Facts) ([]model.Problem, e
 func (d *disk) Save() error {
 	if !d.unsaved {
 		return nil
+	}
+	if d.given != nil {
+		d.known.Addresses, d.given = plan.AddressBook(d.given), nil
 	}
 	err := d.store.SaveObjects(d.known)
 	d.unsaved = err != nil

@@ -10,13 +10,29 @@ import (
 )
 
 // stamp gives every object without a creation time the time at which it was first seen,
-// so that "first come stays" holds across restarts. It reports whether known changed.
-func stamp(objects model.Objects, known *store.Objects, now time.Time) bool {
+// so that "first come stays" holds across restarts. The objects of last, the snapshot before,
+// have theirs and are not looked at again; without one, all are. It reports whether known
+// changed.
+func stamp(objects, last model.Objects, known *store.Objects, now time.Time) bool {
+	gone, come := objects.Since(last)
 	changed := false
-	seen := make(map[string]bool, len(known.FirstSeen))
-	for _, d := range objects.Ours() {
+	left := map[string]bool{} // names that may be gone
+	for _, d := range gone {
+		if d.Ours() {
+			left[d.Ref().String()] = true
+		}
+	}
+	if last.Count() == 0 {
+		for name := range known.FirstSeen {
+			left[name] = true
+		}
+	}
+	for _, d := range come {
+		if !d.Ours() {
+			continue
+		}
 		name := d.Ref().String()
-		seen[name] = true
+		delete(left, name)
 		first, ok := known.FirstSeen[name]
 		if !ok {
 			first, changed = now, true
@@ -24,8 +40,14 @@ func stamp(objects model.Objects, known *store.Objects, now time.Time) bool {
 		}
 		d.SetCreated(first)
 	}
-	for name := range known.FirstSeen {
-		if !seen[name] {
+	if len(left) == 0 {
+		return changed
+	}
+	for _, d := range objects.Ours() { // one of two of the same name went
+		delete(left, d.Ref().String())
+	}
+	for name := range left {
+		if _, ok := known.FirstSeen[name]; ok {
 			delete(known.FirstSeen, name)
 			changed = true
 		}

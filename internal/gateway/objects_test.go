@@ -1,6 +1,10 @@
 package gateway
 
 import (
+	"fmt"
+	"math/rand/v2"
+	"reflect"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -97,11 +101,11 @@ func TestChangedObjectCannotTakeAnothersRange(t *testing.T) {
 func TestNewcomerIsRefusedAcrossRestarts(t *testing.T) {
 	known := store.Objects{FirstSeen: map[string]time.Time{}}
 	old := snapshot(t, gatewayText+site("zzz", "10.2.0.0/16", "C"))
-	stamp(old, &known, time.Now())
+	stamp(old, model.Objects{}, &known, time.Now())
 	// Another process, which has only the first-seen times; "aaa" comes first in every order
 	// of names.
 	both := snapshot(t, gatewayText+site("aaa", "10.2.0.0/16", "B")+site("zzz", "10.2.0.0/16", "C"))
-	if !stamp(both, &known, time.Now().Add(time.Second)) {
+	if !stamp(both, model.Objects{}, &known, time.Now().Add(time.Second)) {
 		t.Error("a new object does not count as a change")
 	}
 	var in source.Incumbents
@@ -109,12 +113,57 @@ func TestNewcomerIsRefusedAcrossRestarts(t *testing.T) {
 	if got := ranges(m); got["zzz"] == "" || got["aaa"] != "" {
 		t.Errorf("sites = %v, want the older one", got)
 	}
-	if stamp(both, &known, time.Now()) {
+	if stamp(both, model.Objects{}, &known, time.Now()) {
 		t.Error("the same objects count as a change")
 	}
-	stamp(snapshot(t, gatewayText), &known, time.Now())
+	stamp(snapshot(t, gatewayText), model.Objects{}, &known, time.Now())
 	if len(known.FirstSeen) != 1 {
 		t.Errorf("first-seen times of removed objects are kept: %v", known.FirstSeen)
+	}
+}
+
+// What is stamped beside the snapshot before is what is stamped from nothing.
+func TestStampOfWhatDiffers(t *testing.T) {
+	random := rand.New(rand.NewPCG(5, 6))
+	known, fresh := store.Objects{FirstSeen: map[string]time.Time{}}, store.Objects{FirstSeen: map[string]time.Time{"Site default/old": {}}}
+	known.FirstSeen["Site default/old"] = time.Time{}
+	var list []model.Decoded
+	var last model.Objects
+	removed := 0
+	for step := range 500 {
+		for range random.IntN(3) {
+			d := snapshot(t, site(fmt.Sprint("s", random.IntN(12)), "10.1.0.0/16", "B")).All()[0] // some twice
+			switch i := random.IntN(len(list) + 1); {
+			case len(list) < 8 || i == len(list):
+				list = slices.Insert(slices.Clone(list), i, d)
+			case random.IntN(3) > 0:
+				list = slices.Delete(slices.Clone(list), i, i+1)
+			default:
+				list = slices.Clone(list)
+				list[i] = d
+			}
+		}
+		var objects model.Objects
+		for _, d := range list {
+			objects.Add(d)
+		}
+		now, before := time.Unix(int64(step), 0), len(known.FirstSeen)
+		got := stamp(objects, last, &known, now)
+		if want := stamp(objects, model.Objects{}, &fresh, now); got != want || !reflect.DeepEqual(known, fresh) {
+			t.Fatalf("step %d: changed %t, %v\nwant %t, %v", step, got, known, want, fresh)
+		}
+		for _, d := range list {
+			if c := d.Object.GetCreationTimestamp(); c.IsZero() {
+				t.Fatalf("step %d: %s has no time", step, d.Ref())
+			}
+		}
+		if len(known.FirstSeen) < before {
+			removed++
+		}
+		last = objects
+	}
+	if removed < 20 {
+		t.Errorf("names went %d times: the test tests little", removed)
 	}
 }
 

@@ -36,17 +36,27 @@ func GatewayAddress(r netip.Prefix) netip.Addr {
 
 // Last is the last address of a range: IPv4's broadcast address.
 func Last(r netip.Prefix) netip.Addr {
-	b := r.Masked().Addr().AsSlice()
+	a := r.Masked().Addr()
+	if !a.IsValid() {
+		return a
+	}
+	b, network := a.As16(), r.Bits()
+	if a.Is4() {
+		network += 96
+	}
 	for i := range b {
-		switch bits := r.Bits() - 8*i; {
+		switch bits := network - 8*i; {
 		case bits <= 0:
 			b[i] = 0xff
 		case bits < 8:
 			b[i] |= 0xff >> bits
 		}
 	}
-	a, _ := netip.AddrFromSlice(b)
-	return a
+	last := netip.AddrFrom16(b)
+	if a.Is4() {
+		return last.Unmap()
+	}
+	return last
 }
 
 // Reserved says why an address of the range r is never handed out, or "" when it can be:
@@ -178,6 +188,7 @@ type Answer struct {
 // addresses that are no longer in the ranges are forgotten.
 func Assign(ranges []netip.Prefix, requests []Request) []Answer {
 	a := assigner{pool: New(ranges...), requests: requests, answers: make([]Answer, len(requests))}
+	a.pool.taken = make(map[netip.Addr]struct{}, len(requests))
 	v4, v6 := a.pool.Families()
 	var families []bool
 	if v4 {

@@ -13,13 +13,18 @@ import (
 
 // Memory makes a Parse cheaper that shares most objects, the very same ones, with the one
 // before: Services of which nothing changed are not looked at again, and where nothing but
-// endpoints changed, which is what happens all the time in a cluster, nothing else is. It
-// never changes a result. The zero value is ready; it is for one Parse at a time.
+// endpoints changed, which is what happens all the time in a cluster, or nothing but Devices,
+// of which there may be ten thousands, nothing else is. It never changes a result. The zero
+// value is ready; it is for one Parse at a time.
 type Memory struct {
 	services map[*corev1.Service]remembered
 	opts     ParseOptions // of the Parse before, without InEffect and Memory
-	objects  []Decoded    // of the Parse before
+	objects  Objects      // of the Parse before
 	model    *Model       // its result; nil: it had problems
+
+	// With a model, what its Devices were checked against, and they themselves.
+	attachments map[ID]*attachments
+	secrets     map[ID]*corev1.Secret
 }
 
 // remembered is what a Service without problems came to.
@@ -39,19 +44,29 @@ func (m *Memory) note(objects Objects, opts ParseOptions, result *Model) {
 	if m == nil {
 		return
 	}
-	m.opts, m.objects, m.model = opts.lasting(), objects.list, nil
+	m.opts, m.objects, m.model = opts.lasting(), objects, nil
 	if len(result.Problems) == 0 {
 		m.model = result
 	}
+}
+
+// Changed is the result of a Parse with so little change since the one before that most
+// objects need no look; nil: it takes a Parse. It has no problems, and so does not depend on
+// what is InEffect.
+func (m *Memory) Changed(objects Objects, opts ParseOptions) *Model {
+	if m == nil || m.model == nil || !reflect.DeepEqual(m.opts, opts.lasting()) {
+		return nil
+	}
+	if result := m.endpointsChanged(objects, opts); result != nil {
+		return result
+	}
+	return m.devicesChanged(objects, opts)
 }
 
 // endpointsChanged is the result of a Parse whose objects are those of the one before,
 // except for the content of EndpointSlices; nil when it is not so simple. Without problems
 // before, no two objects contradict each other, so that their order has no meaning.
 func (m *Memory) endpointsChanged(objects Objects, opts ParseOptions) *Model {
-	if m == nil || m.model == nil || !reflect.DeepEqual(m.opts, opts.lasting()) {
-		return nil
-	}
 	services, ok := m.otherSlices(objects)
 	if !ok {
 		return nil
@@ -98,12 +113,12 @@ func (m *Memory) endpointsChanged(objects Objects, opts ParseOptions) *Model {
 // otherSlices names the Services with an EndpointSlice that is not the one of the Parse
 // before; ok is false when anything else differs.
 func (m *Memory) otherSlices(objects Objects) (services map[ID]bool, ok bool) {
-	if len(objects.list) != len(m.objects) {
+	if len(objects.list) != len(m.objects.list) {
 		return nil, false
 	}
 	services = map[ID]bool{}
 	for i, d := range objects.list {
-		was := m.objects[i]
+		was := m.objects.list[i]
 		if d.Object == was.Object {
 			continue
 		}

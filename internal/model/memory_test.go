@@ -60,7 +60,7 @@ func TestMemoryChangesNothing(t *testing.T) {
 		for _, name := range names {
 			snapshot.Add(objects[name])
 		}
-		if m := memory.endpointsChanged(snapshot, ParseOptions{Memory: &memory}); m != nil {
+		if m := memory.Changed(snapshot, ParseOptions{Memory: &memory}); m != nil {
 			short++
 		}
 		with := Parse(snapshot, ParseOptions{Memory: &memory})

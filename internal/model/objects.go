@@ -74,6 +74,15 @@ func (d Decoded) Kind() string {
 	return ""
 }
 
+// Ours reports whether the object is of one of Culvert's own kinds.
+func (d Decoded) Ours() bool {
+	switch d.Kind() {
+	case KindService, KindEndpointSlice, KindSecret, KindNode, "":
+		return false
+	}
+	return true
+}
+
 // Ref names the object. A namespaced object that names no namespace is in DefaultNamespace.
 func (d Decoded) Ref() Ref {
 	kind := d.Kind()
@@ -215,6 +224,9 @@ func (o Objects) With(list ...Decoded) Objects {
 	return out
 }
 
+// Grow makes room for n more objects.
+func (o *Objects) Grow(n int) { o.list = slices.Grow(o.list, n) }
+
 // All lists the objects in their order.
 func (o Objects) All() []Decoded { return slices.Clone(o.list) }
 
@@ -222,13 +234,25 @@ func (o Objects) All() []Decoded { return slices.Clone(o.list) }
 func (o Objects) Ours() []Decoded {
 	var out []Decoded
 	for _, d := range o.list {
-		switch d.Kind() {
-		case KindService, KindEndpointSlice, KindSecret, KindNode:
-		default:
+		if d.Ours() {
 			out = append(out, d)
 		}
 	}
 	return out
+}
+
+// Since says how this snapshot came from an earlier one: come stands where gone stood, and the
+// very same objects stand before and behind, if perhaps at another place of their file. The two
+// are not to be changed.
+func (o Objects) Since(earlier Objects) (gone, come []Decoded) {
+	gone, come = earlier.list, o.list
+	for len(gone) > 0 && len(come) > 0 && gone[0].Object == come[0].Object {
+		gone, come = gone[1:], come[1:]
+	}
+	for len(gone) > 0 && len(come) > 0 && gone[len(gone)-1].Object == come[len(come)-1].Object {
+		gone, come = gone[:len(gone)-1], come[:len(come)-1]
+	}
+	return gone, come
 }
 
 // Count is the number of objects.

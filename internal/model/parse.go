@@ -68,7 +68,7 @@ type ClusterRanges struct{ Pods, Services, Nodes []netip.Prefix }
 // ParseOptions.InEffect decides, then creationTimestamp, then the order in the snapshot
 // (objects with an origin) or the name.
 func Parse(objects Objects, opts ParseOptions) *Model {
-	if m := opts.Memory.endpointsChanged(objects, opts); m != nil {
+	if m := opts.Memory.Changed(objects, opts); m != nil {
 		return m
 	}
 	p := &parser{opts: opts, out: &Model{}}
@@ -90,6 +90,7 @@ func Parse(objects Objects, opts ParseOptions) *Model {
 	p.services()
 	p.finish()
 	opts.Memory.note(objects, opts, p.out)
+	opts.Memory.attach(p)
 	return p.out
 }
 

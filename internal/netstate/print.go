@@ -78,7 +78,10 @@ func (s *State) Sort() {
 	for i := range s.WireGuard {
 		peers := s.WireGuard[i].Peers
 		slices.SortFunc(peers, func(a, b WireGuardPeer) int {
-			return cmp.Or(cmp.Compare(a.Name, b.Name), slices.Compare(a.PublicKey[:], b.PublicKey[:]))
+			if c := cmp.Compare(a.Name, b.Name); c != 0 {
+				return c
+			}
+			return slices.Compare(a.PublicKey[:], b.PublicKey[:])
 		})
 		for j := range peers {
 			slices.SortFunc(peers[j].AllowedIPs, ComparePrefixes)

@@ -102,29 +102,27 @@ func hostsOf(tunnels []netstate.Tunnel, users map[string]int, add int) (hosts []
 // follows. Not ok: one that goes is not there, or one that comes is.
 func mergeHosts(list, gone, come []host, sum *digest) (out []host, ok bool) {
 	out = make([]host, 0, len(list)+len(come))
-	insert := func() {
+	for len(gone)+len(come) > 0 {
+		leaves := len(come) == 0 || len(gone) > 0 && compareHosts(gone[0], come[0]) <= 0
+		next := come
+		if leaves {
+			next = gone
+		}
+		i, found := slices.BinarySearchFunc(list, next[0], compareHosts)
+		out, list = append(out, list[:i]...), list[i:]
+		if leaves {
+			if !found {
+				return nil, false
+			}
+			sum.subtract(list[0].digest())
+			list, gone = list[1:], gone[1:]
+			continue
+		}
+		if found || len(out) > 0 && compareHosts(out[len(out)-1], come[0]) == 0 {
+			return nil, false
+		}
 		sum.add(come[0].digest())
 		out, come = append(out, come[0]), come[1:]
 	}
-	for i := range list {
-		h := &list[i]
-		for len(come) > 0 && compareHosts(come[0], *h) < 0 {
-			insert()
-		}
-		if len(gone) > 0 && compareHosts(gone[0], *h) == 0 {
-			sum.subtract(h.digest())
-			gone = gone[1:]
-			continue
-		}
-		out = append(out, *h)
-	}
-	for len(come) > 0 {
-		insert()
-	}
-	for i := 1; i < len(out); i++ {
-		if compareHosts(out[i-1], out[i]) == 0 {
-			return nil, false
-		}
-	}
-	return out, len(gone) == 0
+	return append(out, list...), true
 }

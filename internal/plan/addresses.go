@@ -29,7 +29,7 @@ func Addresses(gw *model.Gateway, held map[string][]netip.Addr) (given map[model
 				Message: answer.Err.Error() + ": enlarge the gateway's spec.deviceCIDRs, remove a device, or wish for another address",
 			})
 		}
-		changed = changed || !slices.Equal(held[d.ID.String()], answer.Addresses)
+		changed = changed || !slices.Equal(requests[i].Held, answer.Addresses)
 	}
 	return given, changed || len(held) != len(given), problems
 }

@@ -85,7 +85,12 @@ type Result struct {
 func SiteName(id model.ID) string { return "site " + id.String() }
 
 // DeviceName is the name of a device in peers, tunnels and messages.
-func DeviceName(id model.ID) string { return "device " + id.String() }
+func DeviceName(id model.ID) string {
+	if id.Namespace == "" {
+		return "device " + id.Name
+	}
+	return "device " + id.Namespace + "/" + id.Name // at once: there may be ten thousands
+}
 
 // planner carries what the parts of one plan share.
 type planner struct {
@@ -102,6 +107,8 @@ func Gateway(gw *model.Gateway, facts Facts) Result {
 	p.out.Waiting = map[string]string{}
 	p.firewallRanges()
 	p.wireGuardDevice()
+	n := len(gw.Sites) + len(gw.Devices)
+	p.wg.Peers, p.out.State.Firewall.Tunnels = slices.Grow(p.wg.Peers, n), slices.Grow(p.out.State.Firewall.Tunnels, n)
 	for _, s := range gw.Sites {
 		p.site(s)
 	}
@@ -248,13 +255,14 @@ func (p *planner) device(d *model.Device) {
 		Endpoint:     p.facts.Endpoints[key],
 	}
 	peer.Initiate = peer.Endpoint.IsValid()
+	peer.AllowedIPs = make([]netip.Prefix, 0, len(addrs))
 	for _, a := range addrs {
 		peer.AllowedIPs = append(peer.AllowedIPs, host(a))
 	}
 	p.wg.Peers = append(p.wg.Peers, peer)
 	p.tunnel(netstate.Tunnel{
 		Name: name, Kind: netstate.TunnelDevice, Link: WireGuardLink,
-		Prefixes: slices.Clone(peer.AllowedIPs), Access: d.Access,
+		Prefixes: peer.AllowedIPs, Access: d.Access,
 	})
 }
 

@@ -47,6 +47,9 @@ func (b Bytes) IsZero() bool { return b.material == nil }
 
 // Equal compares in constant time for secrets of equal length.
 func (b Bytes) Equal(o Bytes) bool {
+	if b.material == o.material {
+		return true
+	}
 	return subtle.ConstantTimeCompare(b.Reveal(), o.Reveal()) == 1
 }
 

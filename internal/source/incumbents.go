@@ -11,7 +11,7 @@ import (
 type Incumbents struct {
 	good   map[model.Ref]model.Decoded
 	memory model.Memory
-	last   []model.Decoded // the snapshot behind good; nil: not all of it is good
+	last   *model.Objects // the snapshot behind good; nil: not all of it is good
 }
 
 // Count is the number of objects of which a good version is known.
@@ -22,6 +22,10 @@ func (in *Incumbents) Count() int { return len(in.good) }
 // objects whose last good version stays in effect. What opts.InEffect names is in effect
 // beside what is remembered; opts.Memory is not used.
 func (in *Incumbents) Parse(objects model.Objects, opts model.ParseOptions) (m *model.Model, problems []model.Problem, kept map[model.Ref]bool) {
+	if m = in.memory.Changed(objects, opts); m != nil {
+		in.remember(objects, m)
+		return m, nil, map[model.Ref]bool{}
+	}
 	known := in.unchanged(objects)
 	for ref, ok := range opts.InEffect {
 		if _, remembered := in.good[ref]; ok && !remembered {
@@ -114,12 +118,18 @@ func (in *Incumbents) unchanged(objects model.Objects) map[model.Ref]bool {
 
 // remember keeps the accepted version of every object that is in the snapshot.
 func (in *Incumbents) remember(objects model.Objects, m *model.Model) {
-	list := objects.All()
 	if len(m.Problems) == 0 && in.last != nil {
-		in.replace(in.last, list)
-		in.last = list
+		gone, come := objects.Since(*in.last)
+		for _, d := range gone {
+			delete(in.good, d.Ref())
+		}
+		for _, d := range come {
+			in.good[d.Ref()] = d
+		}
+		in.last = &objects
 		return
 	}
+	list := objects.All()
 	refused := map[model.Ref]bool{}
 	for _, p := range m.Problems {
 		refused[model.Ref{Kind: p.Kind, ID: p.Object}] = true
@@ -132,23 +142,7 @@ func (in *Incumbents) remember(objects model.Objects, m *model.Model) {
 	}
 	in.good, in.last = next, nil
 	if len(m.Problems) == 0 {
-		in.last = list
-	}
-}
-
-// replace leads good from one snapshot to another; what both begin and end with stays.
-func (in *Incumbents) replace(from, to []model.Decoded) {
-	for len(from) > 0 && len(to) > 0 && from[0] == to[0] {
-		from, to = from[1:], to[1:]
-	}
-	for len(from) > 0 && len(to) > 0 && from[len(from)-1] == to[len(to)-1] {
-		from, to = from[:len(from)-1], to[:len(to)-1]
-	}
-	for _, d := range from {
-		delete(in.good, d.Ref())
-	}
-	for _, d := range to {
-		in.good[d.Ref()] = d
+		in.last = &objects
 	}
 }
 

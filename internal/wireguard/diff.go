@@ -3,6 +3,7 @@ package wireguard
 import (
 	"errors"
 	"fmt"
+	"iter"
 	"net"
 	"net/netip"
 	"slices"
@@ -28,6 +29,9 @@ type applied struct {
 	port       uint16
 	mark       uint32
 	peers      map[wgtypes.Key]peer
+	// asked is what peers is of, if nobody else has changed them since and no two of them claim
+	// the same: only what differs from it is looked at (asked.go).
+	asked []netstate.WireGuardPeer
 	// lazy: the device is told of a peer that cannot be reached when that peer calls.
 	lazy bool
 	// unknown: the last attempt failed half way, read the device before the next one.
@@ -76,15 +80,18 @@ func (a *applied) diff(d netstate.WireGuard, now time.Time) (*change, error) {
 	if err := c.deviceSettings(a, d); err != nil {
 		return nil, err
 	}
-	want, order, err := desiredPeers(d)
-	c.leave(a, want, order)
-	if a.lazy {
-		a.hold(want, order, c.replaced)
+	w, had, err := a.look(d)
+	if err == nil && !w.shared {
+		c.device.asked = slices.Clone(d.Peers)
 	}
-	claimed := a.claims(want)
-	for _, k := range order {
+	c.leave(a, w, had)
+	if a.lazy {
+		a.hold(w.peers, w.order, c.replaced)
+	}
+	claimed := a.claims(w.peers)
+	for _, k := range w.order {
 		old, known := a.peers[k]
-		c.setPeer(k, old, known, want[k], claimed, now)
+		c.setPeer(k, old, known, w.peers[k], claimed, now)
 	}
 	for _, k := range c.gone {
 		if !a.peers[k].waits {
@@ -95,21 +102,21 @@ func (a *applied) diff(d netstate.WireGuard, now time.Time) (*change, error) {
 	return c, err
 }
 
-// leave lists the peers that go, and which ones come in their place. Who waited had no
+// leave lists those of had that go, and which ones come in their place. Who waited had no
 // session that another could take over.
-func (c *change) leave(a *applied, want map[wgtypes.Key]peer, order []wgtypes.Key) {
+func (c *change) leave(a *applied, w wanted, had iter.Seq[wgtypes.Key]) {
 	gone := map[string]wgtypes.Key{} // by name
-	for k, p := range a.peers {
-		if _, ok := want[k]; !ok {
+	for k := range had {
+		if _, ok := w.peers[k]; !ok {
 			c.gone = append(c.gone, k)
-			if !p.waits {
+			if p := a.peers[k]; !p.waits {
 				gone[p.name] = k
 			}
 		}
 	}
 	slices.SortFunc(c.gone, func(a, b wgtypes.Key) int { return slices.Compare(a[:], b[:]) })
-	for _, k := range order {
-		name := want[k].name
+	for _, k := range w.order {
+		name := w.peers[k].name
 		prev, ok := gone[name]
 		if _, known := a.peers[k]; ok && !known && name != "" {
 			c.replaced[k] = prev
@@ -143,15 +150,21 @@ func (c *change) deviceSettings(a *applied, d netstate.WireGuard) error {
 	return nil
 }
 
-// desiredPeers indexes the peers by key. A prefix that several claim belongs to the last
-// one, as in WireGuard itself.
-func desiredPeers(d netstate.WireGuard) (want map[wgtypes.Key]peer, order []wgtypes.Key, err error) {
-	want = make(map[wgtypes.Key]peer, len(d.Peers))
+// wanted are desired peers by key.
+type wanted struct {
+	peers  map[wgtypes.Key]peer
+	order  []wgtypes.Key
+	shared bool // several claim one prefix: it belongs to the last one, as in WireGuard itself
+}
+
+// desiredPeers indexes the peers by key.
+func desiredPeers(d netstate.WireGuard) (w wanted, err error) {
+	w.peers = make(map[wgtypes.Key]peer, len(d.Peers))
 	owner := make(map[netip.Prefix]wgtypes.Key, len(d.Peers))
 	var errs []error
 	for _, p := range d.Peers {
 		k := wgtypes.Key(p.PublicKey)
-		if other, ok := want[k]; ok {
+		if other, ok := w.peers[k]; ok {
 			errs = append(errs, fmt.Errorf("peer %q is left out: %q has the same public key %s", p.Name, other.name, p.PublicKey))
 			continue
 		}
@@ -163,25 +176,42 @@ func desiredPeers(d netstate.WireGuard) (want map[wgtypes.Key]peer, order []wgty
 			errs = append(errs, fmt.Errorf("peer %q is left out: the pre-shared key must have 32 bytes, has %d", p.Name, n))
 			continue
 		}
-		w := peer{
+		x := peer{
 			name: p.Name, psk: p.PresharedKey, endpoint: p.Endpoint, initiate: p.Initiate,
-			keepalive: p.PersistentKeepaliveSeconds, allowed: make([]netip.Prefix, 0, len(p.AllowedIPs)),
+			keepalive: p.PersistentKeepaliveSeconds, allowed: tidy(p.AllowedIPs),
 		}
-		for _, ip := range p.AllowedIPs {
-			ip = ip.Masked()
-			w.allowed = append(w.allowed, ip)
+		for _, ip := range x.allowed {
+			other, taken := owner[ip]
+			w.shared = w.shared || taken && other != k
 			owner[ip] = k
 		}
-		want[k] = w
-		order = append(order, k)
+		w.peers[k] = x
+		w.order = append(w.order, k)
 	}
-	for k, p := range want {
-		p.allowed = slices.DeleteFunc(p.allowed, func(ip netip.Prefix) bool { return owner[ip] != k })
-		slices.SortFunc(p.allowed, netstate.ComparePrefixes)
-		p.allowed = slices.Compact(p.allowed)
-		want[k] = p
+	if w.shared {
+		for k, p := range w.peers {
+			p.allowed = slices.DeleteFunc(slices.Clone(p.allowed), func(ip netip.Prefix) bool { return owner[ip] != k })
+			w.peers[k] = p
+		}
 	}
-	return want, order, errors.Join(errs...)
+	return w, errors.Join(errs...)
+}
+
+// tidy is the list masked, sorted and without doubles; most are already.
+func tidy(list []netip.Prefix) []netip.Prefix {
+	ok := true
+	for i, ip := range list {
+		ok = ok && ip == ip.Masked() && (i == 0 || netstate.ComparePrefixes(list[i-1], ip) < 0)
+	}
+	if ok {
+		return list
+	}
+	out := make([]netip.Prefix, len(list))
+	for i, ip := range list {
+		out[i] = ip.Masked()
+	}
+	slices.SortFunc(out, netstate.ComparePrefixes)
+	return slices.Compact(out)
 }
 
 // claims lists the prefixes that a peer on the device gets anew: whoever had one loses it

@@ -385,7 +385,8 @@ func drawPeer(t *rapid.T, i int) netstate.WireGuardPeer {
 }
 
 func (m *modelDevice) compare(t *rapid.T, a *applied, d netstate.WireGuard) {
-	want, _, _ := desiredPeers(d)
+	w, _ := desiredPeers(d)
+	want := w.peers
 	routed := 0
 	for k, p := range want {
 		have, ok := m.peers[k]

@@ -145,7 +145,8 @@ func (w *WireGuard) Datapath() Datapath { return w.kind }
 // change of our own private key makes all peers of the device shake hands again at once.
 //
 // It returns the number of links, device settings and peers that were changed. On an
-// error the rest is still applied, and the next Set tries again.
+// error the rest is still applied, and the next Set tries again. The prefixes in desired must
+// not be changed afterwards.
 func (w *WireGuard) Set(ctx context.Context, desired []netstate.WireGuard) (changed int, err error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
@@ -227,6 +228,7 @@ func (w *WireGuard) setDevice(d netstate.WireGuard) (changed int, err error) {
 		m.noteWaiting(c)
 		changed += c.count
 	}
+	m.applied.asked = c.device.asked
 	m.hello.start(c.hello)
 	return changed, errors.Join(append(errs, m.listen())...)
 }

@@ -27,6 +27,7 @@ import (
 type Files struct {
 	dir   string
 	cache map[string]*file
+	count int // of objects, the last time
 }
 
 type file struct {
@@ -53,6 +54,7 @@ func (f *Files) Read() (model.Objects, []model.Problem, error) {
 	loaded := make([]*file, len(paths))
 	failed := make([]error, len(paths))
 	inParallel(len(paths), func(i int) { loaded[i], failed[i] = f.load(paths[i]) })
+	objects.Grow(f.count)
 	for i, path := range paths {
 		entry, err := loaded[i], failed[i]
 		if errors.Is(err, fs.ErrNotExist) { // gone since the listing
@@ -77,6 +79,7 @@ func (f *Files) Read() (model.Objects, []model.Problem, error) {
 			delete(f.cache, path)
 		}
 	}
+	f.count = objects.Count()
 	return objects, problems, nil
 }
 
