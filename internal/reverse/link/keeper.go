@@ -5,6 +5,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -22,8 +23,15 @@ type keeper struct {
 
 	mu       sync.Mutex
 	sessions []*mux.Session
-	extra    int                        // connections beyond the least number, or on their way
-	idle     map[*mux.Session]time.Time // since when
+	extra    int                     // connections beyond the least number, or on their way
+	spare    map[*mux.Session]*spare // those of them that are there
+}
+
+// spare is a connection beyond the least number.
+type spare struct {
+	leave   func()    // takes it out of the pool
+	idle    time.Time // since when it carries no streams; zero: it does
+	retired bool      // it ends when it carries none
 }
 
 // always keeps one connection.
@@ -31,7 +39,7 @@ func (k *keeper) always() {
 	var p pace
 	for k.ctx.Err() == nil {
 		began := time.Now()
-		err := k.connect()
+		err := k.connect(false)
 		wait := p.next(err, time.Since(began))
 		jittered := wait/2 + time.Duration(rand.Int64N(int64(wait)))
 		select {
@@ -66,29 +74,35 @@ func (p *pace) next(err error, took time.Duration) time.Duration {
 
 // once keeps one more connection until it is no longer needed.
 func (k *keeper) once() {
-	_ = k.connect() // one that is not to be had is tried again when it is needed
+	_ = k.connect(true) // one that is not to be had is tried again when it is needed
 	k.mu.Lock()
 	k.extra--
 	k.mu.Unlock()
 }
 
-// grow reports whether one more connection is to be made: all carry streams. It asks idle
-// ones beyond the least number to go.
+// grow reports whether one more connection is to be made: all carry streams. Of those beyond the
+// least number it asks one that is idle to go.
 func (k *keeper) grow() bool {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	busy := 0
 	for _, s := range k.sessions {
-		if s.Streams() > 1 { // one is the hello's
+		x, idle := k.spare[s], s.Streams() <= 1 // one is the hello's
+		if !idle {
 			busy++
-			delete(k.idle, s)
-			continue
 		}
-		if since, ok := k.idle[s]; !ok {
-			k.idle[s] = time.Now()
-		} else if len(k.sessions) > k.links.opts.Least && len(k.sessions)-busy > 1 && time.Since(since) > shrinkAfter && s.Usable() {
-			k.idle[s] = time.Now()
-			go k.retire(s)
+		switch {
+		case x == nil:
+		case !idle:
+			x.idle = time.Time{}
+		case x.idle.IsZero():
+			x.idle = time.Now()
+		}
+	}
+	for s, x := range k.spare {
+		if !x.retired && !x.idle.IsZero() && time.Since(x.idle) > shrinkAfter && len(k.sessions)-busy > 1 && s.Usable() {
+			x.retired = true
+			go k.retire(s, x.leave)
 			return false
 		}
 	}
@@ -99,10 +113,12 @@ func (k *keeper) grow() bool {
 	return false
 }
 
-// retire ends a session once it carries nothing.
-func (k *keeper) retire(s *mux.Session) {
+// retire ends a session once it carries nothing. It leaves the pool first, and a stream that was opened
+// just before may last as long as it likes.
+func (k *keeper) retire(s *mux.Session, leave func()) {
+	leave()
 	s.GoAway()
-	drain(k.alive, s, DrainTimeout)
+	drain(k.alive, s, forEver)
 }
 
 // replace ends a session that is off the list, and has it leave the pool, once another one has
@@ -131,6 +147,8 @@ func (k *keeper) usable() bool {
 	return slices.ContainsFunc(k.sessions, (*mux.Session).Usable)
 }
 
+const forEver = math.MaxInt64
+
 // drain waits until a session carries no streams but the hello's, and ends it.
 func drain(ctx context.Context, s *mux.Session, most time.Duration) {
 	ticker := time.NewTicker(100 * time.Millisecond)
@@ -157,8 +175,9 @@ func drain(ctx context.Context, s *mux.Session, most time.Duration) {
 	s.CloseWith("no longer needed")
 }
 
-// connect makes one connection and stays until it ends; an error: there was none.
-func (k *keeper) connect() error {
+// connect makes one connection and stays until it ends; an error: there was none. Extra is one beyond
+// the least number.
+func (k *keeper) connect(extra bool) error {
 	l := k.links
 	s, err := k.dial()
 	if err != nil {
@@ -170,6 +189,9 @@ func (k *keeper) connect() error {
 	remove := l.Add(s, k.hub.ServerName)
 	k.mu.Lock()
 	k.sessions = append(k.sessions, s)
+	if extra {
+		k.spare[s] = &spare{leave: remove}
+	}
 	n := len(k.sessions)
 	k.mu.Unlock()
 	l.opts.Meter.Sessions(k.hub.ServerName, n)
@@ -179,7 +201,8 @@ func (k *keeper) connect() error {
 	l.opts.Logger.Debug("connected", "hub", k.hub.ServerName, "address", k.hub.Address, "connections", n)
 
 	asked, renew := k.hold(s)
-	n = k.forget(s)
+	n, retired := k.forget(s)
+	asked = asked || retired
 	if renew {
 		go k.replace(s, remove)
 	} else {
@@ -198,13 +221,16 @@ func (k *keeper) connect() error {
 	return nil
 }
 
-// forget takes a session off the list and returns how many are left.
-func (k *keeper) forget(s *mux.Session) int {
+// forget takes a session off the list. It returns how many are left, and whether this one was retired.
+func (k *keeper) forget(s *mux.Session) (left int, retired bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	k.sessions = slices.DeleteFunc(k.sessions, func(x *mux.Session) bool { return x == s })
-	delete(k.idle, s)
-	return len(k.sessions)
+	if x := k.spare[s]; x != nil {
+		retired = x.retired
+		delete(k.spare, s)
+	}
+	return len(k.sessions), retired
 }
 
 // failing notes and logs an error, once per kind.

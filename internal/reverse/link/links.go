@@ -166,7 +166,7 @@ func (l *Links) learn(w wire.Welcome) {
 
 // serve keeps the connections to one hub until ctx ends; alive ends them all.
 func (l *Links) serve(ctx, alive context.Context, hub wire.HubAddress) {
-	k := &keeper{links: l, hub: hub, ctx: ctx, alive: alive, idle: map[*mux.Session]time.Time{}}
+	k := &keeper{links: l, hub: hub, ctx: ctx, alive: alive, spare: map[*mux.Session]*spare{}}
 	var wg sync.WaitGroup
 	for range l.opts.Least {
 		wg.Go(func() { k.always() })

@@ -9,6 +9,7 @@ import (
 // under a tls.Conn, which writes each record of 16 KiB by itself. Make it with Cork.
 type Corked struct {
 	net.Conn
+	heard  func() // called with every read that brings something; nil: nobody asks
 	mu     sync.Mutex
 	corked bool
 	buf    *[]byte
@@ -25,6 +26,16 @@ func (c *Corked) NetConn() net.Conn { return c.Conn }
 const corkLimit = 256 << 10
 
 var corkPool = sync.Pool{New: func() any { b := make([]byte, 0, corkLimit+32<<10); return &b }}
+
+// Read implements net.Conn. What arrives is a sign of life, also when it is not yet a whole record, let
+// alone a frame: a slow path is not a dead one.
+func (c *Corked) Read(p []byte) (int, error) {
+	n, err := c.Conn.Read(p)
+	if n > 0 && c.heard != nil {
+		c.heard()
+	}
+	return n, err
+}
 
 // Write implements net.Conn.
 func (c *Corked) Write(p []byte) (int, error) {

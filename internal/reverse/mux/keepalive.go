@@ -10,21 +10,55 @@ import (
 // tickEvery is how often silence is looked at.
 const tickEvery = time.Second
 
-func (s *Session) tick() {
-	now := time.Since(s.start)
-	if d := s.config.DeadAfter; d > 0 && now-time.Duration(s.received.Load()) > d-tickEvery {
-		s.close(ErrSilent)
-		return
+// silence is for how long the other end could have been heard, and was not. The zero value has not
+// been looked at yet.
+type silence struct {
+	looked time.Duration // the last look
+	since  time.Duration // then it began
+	late   bool          // the last look was late
+}
+
+// look measures it; now is the time, heard when something last came. Looks are due every tickEvery.
+// One that is late says that this process, or the whole machine, stood still: nothing could be read
+// either, and who stood still with us has sent nothing. So that time does not count, and the first
+// late look finds no silence at all: what has come is to be read before it is judged.
+func (q *silence) look(now, heard time.Duration) time.Duration {
+	by := now - q.looked - tickEvery
+	q.looked, q.since = now, max(q.since, heard)
+	late := by > tickEvery/2
+	if late {
+		q.since = min(now, q.since+by)
 	}
+	first := late && !q.late
+	q.late = late
+	if first {
+		return 0
+	}
+	return now - q.since
+}
+
+func (s *Session) tick() {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.err != nil {
-		return
+	dead := s.err == nil && s.look()
+	s.mu.Unlock()
+	if dead {
+		s.close(ErrSilent)
+	}
+}
+
+// look reports whether the other end has been silent for too long; else it pings, if it is time to,
+// and sees to the next look. It is called with the lock held.
+func (s *Session) look() (dead bool) {
+	now := s.clock()
+	silent := s.silence.look(now, time.Duration(s.received.Load()))
+	if d := s.config.DeadAfter; d > 0 && silent > d-tickEvery {
+		return true
 	}
 	if s.config.Keepalive > 0 && (s.pinged == 0 || now-s.pinged >= s.config.Keepalive) {
 		s.ping(now)
 	}
 	s.timer.Reset(tickEvery)
+	return false
 }
 
 // ping is called with the lock held.
@@ -40,7 +74,7 @@ func (s *Session) Ping() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.err == nil {
-		s.ping(time.Since(s.start))
+		s.ping(s.clock())
 	}
 }
 

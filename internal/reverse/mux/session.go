@@ -54,6 +54,7 @@ type Session struct {
 	cork   *Corked
 	config Config
 	start  time.Time
+	clock  func() time.Duration // since start
 
 	received atomic.Int64 // nanoseconds since start: the last time that something came
 	rtt      atomic.Int64 // nanoseconds; 0: not measured yet
@@ -72,6 +73,7 @@ type Session struct {
 	leaving  bool // a GoAway was sent
 	err      error
 	pinged   time.Duration // since start
+	silence  silence
 	timer    *time.Timer
 	done     chan struct{}
 }
@@ -79,9 +81,17 @@ type Session struct {
 // New starts a session on a connection and owns it from then on. Small writes are
 // collected when conn is a tls.Conn over a Corked.
 func New(conn net.Conn, config Config) *Session {
+	start := time.Now()
+	return newSession(conn, config, start, func() time.Duration { return time.Since(start) })
+}
+
+func newSession(conn net.Conn, config Config, start time.Time, clock func() time.Duration) *Session {
 	s := &Session{
-		conn: conn, cork: corkOf(conn), config: config, start: time.Now(),
+		conn: conn, cork: corkOf(conn), config: config, start: start, clock: clock,
 		streams: map[uint32]*Stream{}, next: 2, done: make(chan struct{}),
+	}
+	if s.cork != nil {
+		s.cork.heard = s.hear
 	}
 	if config.Dialer {
 		s.next = 1

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"time"
 
 	"github.com/culvert-vpn/culvert/internal/reverse/wire"
 )
@@ -28,7 +27,7 @@ func (s *Session) read() error {
 		if _, err := io.ReadFull(s.conn, header[:]); err != nil {
 			return err
 		}
-		s.received.Store(int64(time.Since(s.start)))
+		s.hear()
 		f, err := wire.ParseFrame(header)
 		if err != nil {
 			return err
@@ -43,6 +42,9 @@ func (s *Session) read() error {
 		}
 	}
 }
+
+// hear notes that something came.
+func (s *Session) hear() { s.received.Store(int64(s.clock())) }
 
 func (s *Session) readData(f wire.Frame) error {
 	s.in.Add(uint64(f.Length))
@@ -72,7 +74,7 @@ func (s *Session) readControl(f wire.Frame) error {
 	case wire.FramePing:
 		return s.pong(payload)
 	case wire.FramePong:
-		if sent, now := binary.BigEndian.Uint64(payload), uint64(time.Since(s.start)); sent <= now {
+		if sent, now := binary.BigEndian.Uint64(payload), uint64(s.clock()); sent <= now {
 			s.rtt.Store(int64(now - sent))
 		}
 		return nil
