@@ -9,6 +9,7 @@ import (
 	"slices"
 
 	"github.com/vishvananda/netlink"
+	"github.com/vishvananda/netlink/nl"
 	"golang.org/x/sys/unix"
 
 	"github.com/culvert-vpn/culvert/internal/netstate"
@@ -16,7 +17,9 @@ import (
 
 // addVXLAN makes a VXLAN link without far ends (ip-link(8), type vxlan). It is bound to no
 // address and no other link: the routes decide where encapsulated packets leave, and with
-// which source address.
+// which source address. It has no address of its own, not even a link-local one: a link with an
+// address and routes is one of the node's uplinks for Cilium, which then deletes permanent
+// neighbours there whenever its agent restarts.
 func (r *Route) addVXLAN(w netstate.Link) (netlink.Link, error) {
 	if w.VXLAN == nil {
 		return nil, fmt.Errorf("link %s: a VXLAN link needs its network identifier and far ends", w.Name)
@@ -41,6 +44,10 @@ func (r *Route) addVXLAN(w netstate.Link) (netlink.Link, error) {
 	made, err := r.h.LinkByName(w.Name)
 	if err != nil {
 		return nil, linkError(w.Name, "find", err)
+	}
+	err = r.h.LinkSetIP6AddrGenMode(made, nl.IN6_ADDR_GEN_MODE_NONE)
+	if err != nil && !errors.Is(err, unix.EAFNOSUPPORT) && !errors.Is(err, unix.EOPNOTSUPP) { // no IPv6 here
+		return nil, linkError(w.Name, "have no link-local address", err)
 	}
 	return made, nil
 }

@@ -28,7 +28,8 @@ type Balancer struct {
 	options BalanceOptions
 	service balanced
 	table   string
-	healthy []string // names of nodes, sorted
+	healthy []string             // names of nodes, sorted
+	seen    map[string]time.Time // when a node last said that it is healthy
 	stop    context.CancelFunc
 	done    chan struct{}
 	failed  error // of the loop; read after done
@@ -38,6 +39,10 @@ type Balancer struct {
 type BalanceOptions struct {
 	// SNAT hides the clients behind the balancer's inner address, as some clouds do.
 	SNAT bool
+	// Patience is how long a node that does not answer at all counts as healthy yet: balancers of
+	// clouds want several checks to fail, some seconds apart. One that answers that it is not
+	// healthy is left at once. Zero: none, one check decides.
+	Patience time.Duration
 }
 
 // balanced is what a Balancer needs to know of a Service.
@@ -60,7 +65,7 @@ func (c *Cluster) Balance(ctx context.Context, namespace, service string, o Bala
 	if err != nil {
 		return nil, err
 	}
-	b := &Balancer{cluster: c, options: o, done: make(chan struct{})}
+	b := &Balancer{cluster: c, options: o, seen: map[string]time.Time{}, done: make(chan struct{})}
 	if err := json.Unmarshal([]byte(out), &b.service); err != nil {
 		return nil, err
 	}
@@ -146,8 +151,16 @@ func (b *Balancer) follow(ctx context.Context) error {
 	}
 	var healthy []string
 	for _, n := range b.cluster.Nodes {
-		if answers(ctx, b.cluster.Router, "http://"+net.JoinHostPort(n.IPs()[0].String(), strconv.Itoa(port))+path) {
+		switch says(ctx, b.cluster.Router, "http://"+net.JoinHostPort(n.IPs()[0].String(), strconv.Itoa(port))+path) {
+		case http.StatusOK:
+			b.seen[n.Name] = time.Now()
 			healthy = append(healthy, n.Name)
+		case 0:
+			if time.Since(b.seen[n.Name]) < b.options.Patience {
+				healthy = append(healthy, n.Name)
+			}
+		default:
+			delete(b.seen, n.Name)
 		}
 	}
 	if b.healthy != nil && slices.Equal(healthy, b.healthy) {
@@ -206,8 +219,8 @@ func (b *Balancer) rules(healthy []string) string {
 	return s.String()
 }
 
-// answers reports whether an HTTP server, seen from a host, says 200.
-func answers(ctx context.Context, from *lab.Host, url string) bool {
+// says is the status with which an HTTP server, seen from a host, answers; 0: it does not.
+func says(ctx context.Context, from *lab.Host, url string) (status int) {
 	t := &http.Transport{DisableKeepAlives: true, DialContext: func(_ context.Context, network, address string) (conn net.Conn, err error) {
 		err = from.Do(func() error {
 			var err error
@@ -218,12 +231,12 @@ func answers(ctx context.Context, from *lab.Host, url string) bool {
 	}}
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, url, nil)
 	if err != nil {
-		return false
+		return 0
 	}
 	answer, err := (&http.Client{Transport: t, Timeout: 2 * time.Second}).Do(r)
 	if err != nil {
-		return false
+		return 0
 	}
 	defer answer.Body.Close()
-	return answer.StatusCode == http.StatusOK
+	return answer.StatusCode
 }

@@ -1,8 +1,8 @@
 package cilium_test
 
 import (
-	"errors"
 	"fmt"
+	"sync"
 	"testing"
 	"time"
 
@@ -26,30 +26,38 @@ var policies = []struct {
 }
 
 // policiesSee: both kinds of policies match sites and devices by their ranges, in both
-// directions, allow and deny, on the gateway's node and the other.
+// directions, allow and deny, on the gateway's node and the other. One about who comes in and
+// one about where pods go are there at a time: neither has a say in the other's direction.
 func (w *world) policiesSee(t *testing.T) {
+	var group sync.WaitGroup
+	for name, ingress := range map[string]bool{"in": true, "out": false} {
+		group.Go(func() { w.policiesOf(t, "sites-"+name, ingress) })
+	}
+	group.Wait()
+	works(t, 30*time.Second, w.flows())
+}
+
+// policiesOf applies those of one direction, one after the other.
+func (w *world) policiesOf(t *testing.T, name string, ingress bool) {
 	for _, p := range policies {
+		if p.ingress != ingress {
+			continue
+		}
 		t.Run(p.name, func(t *testing.T) {
 			api, selector := "networking.k8s.io/v1", "podSelector: {matchLabels: {app: web}}"
 			if p.kind == "CiliumNetworkPolicy" {
 				api, selector = "cilium.io/v2", "endpointSelector: {matchLabels: {app: web}}"
 			}
-			w.In(t).Apply(fmt.Sprintf("apiVersion: %s\nkind: %s\nmetadata: {name: sites, namespace: apps}\nspec: {%s, %s}\n", api, p.kind, selector, p.spec))
-			defer w.Kubectl("-n", "apps", "delete", p.kind, "sites")
+			w.In(t).Apply(fmt.Sprintf("apiVersion: %s\nkind: %s\nmetadata: {name: %s, namespace: apps}\nspec: {%s, %s}\n", api, p.kind, name, selector, p.spec))
+			defer w.In(t).Kubectl("-n", "apps", "delete", p.kind, name)
 			labtest.Eventually(t, 40*time.Second, "it holds", func() error {
-				if err := never(w.of(p.denied, p.ingress)); err != nil {
+				if err := each(w.of(p.denied, p.ingress), flow.never); err != nil {
 					return err
 				}
-				for _, f := range w.of(p.allowed, p.ingress) {
-					if err := f.try(); err != nil {
-						return errors.Join(errors.New(f.name), err)
-					}
-				}
-				return nil
+				return each(w.of(p.allowed, p.ingress), flow.try)
 			})
 		})
 	}
-	works(t, 30*time.Second, w.flows())
 }
 
 // of are the flows between both pods and the site or the device.

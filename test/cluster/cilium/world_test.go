@@ -4,6 +4,7 @@ package cilium_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/exec"
@@ -138,22 +139,21 @@ func newWorld(t *testing.T, values []string, install ...string) *world {
 	t.Helper()
 	labtest.Require(t, "wg", "wireguard-go", "curl", "dig", "nft", "tcpdump")
 	w := &world{Cluster: clustertest.Start(t, cluster.Options{CNI: cluster.Cilium, CiliumValues: values}), t: t}
-	w.Install(append([]string{"--set", "agent.podRanges={10.244.0.0/16,fd00:244::/32}"}, install...)...)
 	w.Namespace("apps")
 	w.Namespace("vpn")
-	private := piped(t, "", "wg", "genkey")
-	manifests := fmt.Sprintf(objects, piped(t, private, "wg", "pubkey"))
 	for _, n := range w.Nodes {
-		manifests += fmt.Sprintf(webPod, n.Name, cluster.TestImage)
+		w.Apply(fmt.Sprintf(webPod, n.Name, cluster.TestImage))
 	}
-	w.Apply(manifests)
+	w.Install(append([]string{"--set", "agent.podRanges={10.244.0.0/16,fd00:244::/32}"}, install...)...)
+	private := piped(t, "", "wg", "genkey")
+	w.Apply(fmt.Sprintf(objects, piped(t, private, "wg", "pubkey")))
 	w.Wait("apps", "--all")
 	w.look()
 	labtest.Eventually(t, 60*time.Second, "the operator makes the gateway's Service", func() error {
 		_, err := w.TryKubectl("-n", "vpn", "get", "service", "culvert-hq")
 		return err
 	})
-	b := w.Balance("vpn", "culvert-hq", cluster.BalanceOptions{})
+	b := w.Balance("vpn", "culvert-hq", cluster.BalanceOptions{Patience: time.Minute})
 	w.Kubectl("-n", "vpn", "wait", "vpngateway/hq", "--for=condition=Ready", "--timeout=60s")
 	outer := b.Addresses[0].String()
 	w.lab = labtest.New(t)
@@ -345,15 +345,28 @@ func works(t *testing.T, limit time.Duration, flows []flow) {
 	}
 }
 
-// never wants flows not to get through, and sees that others do: a network that carries
-// nothing denies nothing.
-func never(flows []flow) error {
-	for _, f := range flows {
-		if out, err := f.do(); err == nil {
-			return fmt.Errorf("%s: answered %q, want nothing", f.name, out)
-		}
+// never wants a flow not to get through. See that others do: a network that carries nothing denies
+// nothing.
+func (f flow) never() error {
+	if out, err := f.do(); err == nil {
+		return fmt.Errorf("answered %q, want nothing", out)
 	}
 	return nil
+}
+
+// each does something with flows, all at once, and names those that it failed with.
+func each(flows []flow, do func(flow) error) error {
+	errs := make([]error, len(flows))
+	var group sync.WaitGroup
+	for i, f := range flows {
+		group.Go(func() {
+			if err := do(f); err != nil {
+				errs[i] = fmt.Errorf("%s: %w", f.name, err)
+			}
+		})
+	}
+	group.Wait()
+	return errors.Join(errs...)
 }
 
 // nothingSpoofed: the cluster's network saw none but the nodes' and pods' own addresses.
