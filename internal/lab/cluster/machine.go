@@ -121,7 +121,8 @@ func (n *Node) PowerOff() error {
 	return errors.Join(unplugged, n.Remove(), removeGroups(prefix(c.Name)+"/"+n.Name), c.save())
 }
 
-// PowerOn boots a node after PowerOff, with the files that it had and an empty /run.
+// PowerOn boots a node after PowerOff, with the files that it had and an empty /run. It does not
+// wait until pods can run; see AwaitCilium.
 func (n *Node) PowerOn(ctx context.Context) error {
 	c := n.cluster
 	h, err := c.addHost(n.Name)
@@ -132,5 +133,12 @@ func (n *Node) PowerOn(ctx context.Context) error {
 	if err := errors.Join(os.RemoveAll(c.path(n.Name, "run")), c.join(h, n.address)); err != nil {
 		return err
 	}
-	return errors.Join(n.up(ctx), c.save())
+	if err := errors.Join(n.up(ctx), c.save()); err != nil || c.options.CNI != Cilium {
+		return err
+	}
+	config, err := c.ciliumConfig(ctx)
+	if err != nil {
+		return err
+	}
+	return n.configureCilium(ctx, config)
 }

@@ -12,7 +12,7 @@ import (
 
 // Move gives a running node other addresses of its subnet, as a DHCP server may: on its link,
 // in the routes of everybody to its pods, as a cloud does, and, by a kubelet that is started
-// anew, in its Node, for which it waits. Its public addresses lead nowhere meanwhile. The second time it moves
+// anew, in its Node, for which it waits, as for Cilium's agent, if there is one. Its public addresses lead nowhere meanwhile. The second time it moves
 // back; a test must leave a node where it was.
 func (n *Node) Move(ctx context.Context) error {
 	c, m := n.cluster, &n.address
@@ -69,8 +69,15 @@ func (n *Node) Move(ctx context.Context) error {
 		}
 		return err
 	})
-	if err != nil || c.options.NoKubeProxy || c.options.CNI == Cilium {
+	if err != nil {
 		return err
 	}
-	return c.KillProgram(n.Name, "kube-proxy") // which learns its node's addresses when it starts
+	// Both learn their node's addresses when they start.
+	if c.running[n.Name+"/kube-proxy"].Group != 0 {
+		err = c.KillProgram(n.Name, "kube-proxy")
+	}
+	if c.options.CNI == Cilium {
+		err = errors.Join(err, n.RestartCilium(ctx))
+	}
+	return err
 }

@@ -22,6 +22,12 @@ const (
 	owners = "/etc/cni/net.d/10-cvk.conflist"
 )
 
+// waiting tells, on a node, whether our plug-in has a pod wait.
+const waiting = `for p in /proc/[0-9]*; do
+	if grep -q culvert-cni $p/cmdline && tr '\0' '\n' <$p/environ | grep -qx CNI_COMMAND=ADD; then exit 0; fi
+done 2>/dev/null
+exit 1`
+
 // How long a booted node is watched without an agent.
 const (
 	goalAbsent  = 60
@@ -47,6 +53,19 @@ spec:
     imagePullPolicy: Never
     command: [/bin/sh, -c, "while :; do %ssleep 0.5; done"]
 `, name, namespace, node, cluster.TestImage, gets.String()))
+}
+
+// talkers are on each node, and talk to a pod of the next one in both families from now on.
+func (w *world) talkers(t *testing.T) {
+	t.Helper()
+	for i, n := range w.Nodes {
+		w.Kubectl("-n", namespace, "delete", "pod", "talker-"+n.Name, "--ignore-not-found")
+		to := w.ips("web-" + w.Nodes[(i+1)%len(w.Nodes)].Name)
+		w.talker("talker-"+n.Name, n.Name, url(to[0]), url(to[1]))
+	}
+	for _, n := range w.Nodes {
+		w.Wait(namespace, "talker-"+n.Name)
+	}
 }
 
 // held sees that our plug-in is behind the network plug-in, or that it is not.
@@ -96,8 +115,15 @@ func (w *world) boot(t *testing.T) {
 	if out := w.run(t, n, "nft list tables"); strings.Contains(out, "culvert-guard") {
 		t.Fatalf("a guard stands on a node that has just booted: the test proves nothing: %s", out)
 	}
-	labtest.Eventually(t, time.Minute, "pods wait for their network", func() error {
-		_, err := n.Run(context.Background(), "pgrep", "-f", "culvert-cni")
+	if w.cilium { // which says nothing to other nodes; without it pods would get no network anyway
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+		defer cancel()
+		if err := n.AwaitCilium(ctx); err != nil {
+			t.Fatal(err)
+		}
+	}
+	labtest.Eventually(t, time.Minute, "pods wait for the guard", func() error {
+		_, err := n.Run(context.Background(), "sh", "-c", waiting)
 		return err
 	})
 	absent := time.Duration(labtest.Goal(goalAbsent, guardAbsent)) * time.Second
@@ -109,7 +135,7 @@ func (w *world) boot(t *testing.T) {
 	// The same without our plug-in: a pod talks, and it is heard.
 	w.run(t, n, "mv "+chain+" /tmp/"+n.Namespace+"-chain")
 	w.talker("control", n.Name, target)
-	labtest.Eventually(t, 30*time.Second, "a pod that is not held is heard", func() error {
+	labtest.Eventually(t, time.Minute, "a pod that is not held is heard", func() error {
 		if lines := w.heard()[w.Nodes[0].Name]; len(lines) == 0 {
 			return fmt.Errorf("nothing is heard")
 		}

@@ -47,10 +47,9 @@ func (w *world) injector() *injector {
 
 // inject sends plain datagrams with a pod's source to a pod on the first node, and returns how
 // many of each family that has got so far: as many as before when none was delivered.
-func (x *injector) inject() (delivered [2]int) {
+func (x *injector) inject() [2]int {
 	x.w.t.Helper()
-	pod := "web-" + x.w.Nodes[0].Name
-	for i, ip := range x.w.ips(pod) {
+	for i, ip := range x.w.ips("web-" + x.w.Nodes[0].Name) {
 		x.Do(func() error {
 			c, err := net.DialUDP("udp", &net.UDPAddr{IP: net.ParseIP(ghost[i])}, &net.UDPAddr{IP: net.ParseIP(ip), Port: 8081})
 			if err != nil {
@@ -67,11 +66,45 @@ func (x *injector) inject() (delivered [2]int) {
 		})
 	}
 	time.Sleep(300 * time.Millisecond)
-	log := x.w.Kubectl("-n", namespace, "logs", pod)
+	return x.delivered()
+}
+
+// delivered is how many packets of the injector's the pod has got so far, by family.
+func (x *injector) delivered() (n [2]int) {
+	x.w.t.Helper()
+	log := x.w.Kubectl("-n", namespace, "logs", "web-"+x.w.Nodes[0].Name)
 	for i, g := range ghost {
-		delivered[i] = strings.Count(log, g)
+		n[i] = strings.Count(log, g)
 	}
-	return delivered
+	return n
+}
+
+// inVain sees that none of the injector's packets is delivered.
+func (x *injector) inVain(t *testing.T) {
+	t.Helper()
+	before := x.delivered()
+	if now := x.inject(); now != before {
+		t.Errorf("%v packets of the injector's were delivered, %v before", now, before)
+	}
+}
+
+// noticed sees that what the tests of encryption look for would be found, with encryption off: packets in the clear are
+// heard at each node, and the injector's are delivered.
+func (w *world) noticed(t *testing.T, x *injector, requests []request) {
+	t.Helper()
+	w.heard()
+	w.works(t, requests)
+	before := x.delivered()
+	if now := x.inject(); now[0] == before[0] || now[1] == before[1] {
+		t.Fatalf("with encryption off %v of the injector's packets were delivered, %v before: the test proves nothing", now, before)
+	}
+	heard := w.heard()
+	for _, n := range w.Nodes {
+		if len(heard[n.Name]) < 20 {
+			t.Fatalf("with encryption off %d packets in the clear were heard at %s: the test proves nothing", len(heard[n.Name]), n.Name)
+		}
+		t.Logf("encryption off: %d packets in the clear at %s", len(heard[n.Name]), n.Name)
+	}
 }
 
 // reported sees that the injector's packets are told of: event, status, "culvert status" and

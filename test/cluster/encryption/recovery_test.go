@@ -141,7 +141,7 @@ func (x *outage) held(what string, took time.Duration) {
 
 // killed kills all agents at once: no plain packet is delivered meanwhile.
 func (w *world) killed(t *testing.T, x *injector) {
-	before := x.inject()
+	before := x.delivered()
 	o := w.watch(t, w.flows(t, w.Nodes[0]))
 	for _, n := range w.Nodes {
 		kill(t, n)
@@ -174,9 +174,9 @@ func (w *world) forgotten(t *testing.T) {
 	w.silence(t, "peer deleted")
 }
 
-// moved gives a node other addresses, and takes that back.
+// moved gives the last node other addresses, and takes that back.
 func (w *world) moved(t *testing.T) {
-	n, o := w.Nodes[2], w.Nodes[0]
+	n, o := w.Nodes[len(w.Nodes)-1], w.Nodes[0]
 	here, there := w.ips("web-"+n.Name), w.ips("web-"+o.Name)
 	pod, other := w.podHost(t, "web-"+n.Name), w.podHost(t, "web-"+o.Name)
 	flows := []flow{{pod, here[0], there[0]}, {pod, here[1], there[1]}, {other, there[0], here[0]}, {o.Host, o.IPs()[0].String(), here[0]}}

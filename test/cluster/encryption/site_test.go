@@ -47,7 +47,7 @@ metadata: {name: berlin, namespace: %[1]s}
 spec:
   gatewayRef: {name: edge}
   cidrs: [192.168.50.0/24, "fd00:50::/64"]
-  access: {to: [Pods]}
+  access: {to: [Pods, Nodes]}
   wireguard: {publicKey: "%[3]s", persistentKeepaliveSeconds: 5}
 `, namespace, w.Nodes[0].ExternalIPs()[0], run(key, "wg", "pubkey")))
 	w.Kubectl("-n", namespace, "wait", "vgw/edge", "--for=condition=Ready", "--timeout=100s")
@@ -64,13 +64,14 @@ spec:
 	w.t.Cleanup(func() { _ = os.Remove(filepath.Join("/var/run/wireguard", link+".sock")) })
 	labtest.Eventually(w.t, 10*time.Second, "the site's tunnel is there", func() error { return h.IP("link", "show", link) })
 	w.on(h, "wg", "set", link, "private-key", file, "peer", get(".status.publicKey"), "persistent-keepalive", "1",
-		"endpoint", fmt.Sprintf("%s:%s", w.Nodes[0].ExternalIPs()[0], get(".status.wireguardPort")), "allowed-ips", "10.244.0.0/16,fd00:244::/32")
+		"endpoint", fmt.Sprintf("%s:%s", w.Nodes[0].ExternalIPs()[0], get(".status.wireguardPort")), "allowed-ips", "10.244.0.0/16,fd00:244::/32,172.30.0.0/16")
 	w.on(h, "ip", "link", "set", link, "mtu", "1400")
 	if err := h.Up(link, siteIP+"/24 "+siteIP6+"/64"); err != nil {
 		w.t.Fatal(err)
 	}
 	w.on(h, "ip", "route", "add", "10.244.0.0/16", "dev", link)
 	w.on(h, "ip", "route", "add", "fd00:244::/32", "dev", link)
+	w.on(h, "ip", "route", "add", "172.30.0.0/16", "dev", link) // the nodes
 	w.background(h, w.TestServer())
 	return h
 }
