@@ -334,6 +334,12 @@ type VPNGatewayStatus struct {
 	// +optional
 	Cluster ClusterRangesStatus `json:"cluster,omitzero"`
 
+	// NodeLink is the one in use: that of the spec once it is accepted, and until then, also where
+	// the network plugin cannot carry that, the last one that was. Absent: none is in use.
+	//
+	// +optional
+	NodeLink NodeLink `json:"nodeLink,omitempty"`
+
 	// Sites is the number of accepted Sites.
 	//
 	// +optional

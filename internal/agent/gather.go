@@ -64,13 +64,14 @@ func (a *Agent) gather(ctx context.Context) (node, error) {
 
 // judged leaves out the gateways and sites that the operator has not accepted: it knows more
 // than a node does (the API servers' addresses, for one), and a range that is led to a
-// gateway by mistake may cut the node off. What is kept in its last good version was accepted.
+// gateway by mistake may cut the node off. What is kept in its last good version was accepted, and
+// so was the link of a gateway that is refused for another one.
 func judged(m *model.Model, objects model.Objects, kept map[model.Ref]bool) *model.Model {
 	accepted := map[model.Ref]bool{}
 	for _, d := range objects.All() {
 		switch o := d.Object.(type) {
 		case *v1alpha1.VPNGateway:
-			accepted[d.Ref()] = meta.IsStatusConditionTrue(o.Status.Conditions, v1alpha1.ConditionAccepted)
+			accepted[d.Ref()] = meta.IsStatusConditionTrue(o.Status.Conditions, v1alpha1.ConditionAccepted) || keepsLink(o)
 		case *v1alpha1.Site:
 			accepted[d.Ref()] = meta.IsStatusConditionTrue(o.Status.Conditions, v1alpha1.ConditionAccepted)
 		}
@@ -90,6 +91,13 @@ func judged(m *model.Model, objects model.Objects, kept map[model.Ref]bool) *mod
 		out.Gateways = append(out.Gateways, &g)
 	}
 	return &out
+}
+
+// keepsLink tells whether a gateway goes on with the link that it had before one that the network
+// plugin cannot carry.
+func keepsLink(o *v1alpha1.VPNGateway) bool {
+	c := meta.FindStatusCondition(o.Status.Conditions, v1alpha1.ConditionAccepted)
+	return c != nil && c.Reason == model.ReasonNetworkPlugin && o.Status.NodeLink != ""
 }
 
 func unique(r model.ClusterRanges) model.ClusterRanges {

@@ -40,3 +40,28 @@ func TestJudged(t *testing.T) {
 		t.Errorf("sites %v, want accepted and kept", names)
 	}
 }
+
+// A gateway that is refused for a link that the network plugin cannot carry is led to by the one that it
+// had; without one, or for another reason, it is not.
+func TestJudgedKeepsTheLink(t *testing.T) {
+	for _, c := range []struct {
+		name, reason string
+		had          v1alpha1.NodeLink
+		want         bool
+	}{
+		{"it had one", model.ReasonNetworkPlugin, v1alpha1.NodeLinkEncapsulated, true},
+		{"it had none", model.ReasonNetworkPlugin, "", false},
+		{"something else is wrong", model.ReasonOverlap, v1alpha1.NodeLinkEncapsulated, false},
+	} {
+		gw := &v1alpha1.VPNGateway{ObjectMeta: metav1.ObjectMeta{Namespace: "vpn", Name: "edge", Generation: 2}}
+		gw.Spec.ClusterTraffic.NodeLink = v1alpha1.NodeLinkCiliumEndpoint
+		gw.Status.NodeLink = c.had
+		gw.Status.Conditions = []metav1.Condition{{Type: v1alpha1.ConditionAccepted, Status: metav1.ConditionFalse, Reason: c.reason, ObservedGeneration: 2}}
+		var objects model.Objects
+		objects.Add(model.Decoded{Object: gw})
+		got := judged(model.Parse(objects, model.ParseOptions{}), objects, nil)
+		if (len(got.Gateways) == 1) != c.want || c.want && got.Gateways[0].NodeLink != string(c.had) {
+			t.Errorf("%s: %+v", c.name, got.Gateways)
+		}
+	}
+}

@@ -6,6 +6,9 @@ import (
 	"slices"
 	"strconv"
 
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
 	"github.com/culvert-vpn/culvert/internal/netstate"
 )
@@ -41,6 +44,7 @@ func (p *parser) gateway(e entry) {
 	}
 	identity(r, "spec.ipsec.localID", string(s.IPsec.LocalID))
 	gatewayTraffic(r, g, s)
+	g.NodeLink = linkInUse(o, g.AskedLink)
 	if s.MTU != nil {
 		g.MTU = int(bounded(r, "spec.mtu", *s.MTU, minimumMTU, maximumMTU, "bytes"))
 	}
@@ -190,7 +194,18 @@ func gatewayTraffic(r *report, g *Gateway, s *v1alpha1.VPNGatewaySpec) {
 	}
 	g.ServicesMode = netstate.ServicesMode(services)
 	g.Masquerade = source == v1alpha1.SourceMasquerade
-	g.NodeLink = string(link)
+	g.AskedLink = string(link)
+}
+
+// linkInUse is the node link that a gateway has in effect. What the network plugin can carry is
+// known to the operator: until it has accepted a link, the last good one stays, which it has
+// written into the status.
+func linkInUse(o *v1alpha1.VPNGateway, asked string) string {
+	c := meta.FindStatusCondition(o.Status.Conditions, v1alpha1.ConditionAccepted)
+	if o.Status.NodeLink == "" || c != nil && c.Status == metav1.ConditionTrue && c.ObservedGeneration == o.Generation {
+		return asked
+	}
+	return string(o.Status.NodeLink)
 }
 
 func allowedSites(r *report, list []v1alpha1.AllowedSites) {

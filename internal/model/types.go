@@ -61,9 +61,10 @@ type Gateway struct {
 	Address       string // where peers dial: address or DNS name; may be empty
 	WireGuardPort uint16 // never zero
 	ServicesMode  netstate.ServicesMode
-	Masquerade    bool // clusterTraffic.source: Masquerade
-	NodeLink      string
-	MTU           int // of the tunnel links; 0: worked out from the underlay
+	Masquerade    bool   // clusterTraffic.source: Masquerade
+	NodeLink      string // the one in use: Encapsulated, Direct or CiliumEndpoint
+	AskedLink     string // that of the spec: the operator may not have accepted it (yet)
+	MTU           int    // of the tunnel links; 0: worked out from the underlay
 	DNS           []netip.Addr
 
 	Expose   Expose

@@ -33,33 +33,70 @@ func addCilium(m manager.Manager, o Options) (func([]cilium.Endpoint, []netip.Pr
 	return c.Set, nil
 }
 
-// tellCilium names every gateway pod: those that lead nowhere by Cilium with no ranges, so
-// that what they once had is taken back. A gateway whose link Cilium cannot carry is refused.
-func (r *round) tellCilium(ctx context.Context) {
+// decideLinks finds out which node link each gateway has in effect: the one that it asks for, or,
+// where Cilium cannot carry that, the one that it had.
+func (r *round) decideLinks(ctx context.Context) {
+	all := *r.model // shared with the next Parse, so copied
+	all.Gateways = slices.Clone(all.Gateways)
+	for i, gw := range all.Gateways {
+		asking := *gw
+		asking.NodeLink = gw.AskedLink
+		all.Gateways[i] = &asking
+	}
+	r.model = &all
 	refused := ""
-	if slices.ContainsFunc(r.model.Gateways, func(gw *model.Gateway) bool { return len(plan.BehindGateway(gw)) > 0 }) {
+	if slices.ContainsFunc(all.Gateways, func(gw *model.Gateway) bool { return len(plan.BehindGateway(gw)) > 0 }) {
 		refused = r.ciliumRefuses(ctx)
 	}
-	if r.Behind == nil && refused == "" {
+	for _, gw := range all.Gateways {
+		link := gw.NodeLink
+		if refused != "" && len(plan.BehindGateway(gw)) > 0 {
+			link = r.refuseLink(gw, refused)
+		}
+		if g := r.gateways[gw.ID]; g != nil {
+			g.Gateway, g.link = gw, link
+		}
+	}
+}
+
+// refuseLink leaves a gateway with the link that it had, and returns it; empty: it had none that
+// can be carried.
+func (r *round) refuseLink(gw *model.Gateway, why string) string {
+	had := ""
+	if o := r.seen.gateways[gw.ID]; o != nil && string(o.Status.NodeLink) != gw.AskedLink {
+		had = string(o.Status.NodeLink)
+	}
+	message := "CiliumEndpoint: " + why
+	if had != "" {
+		gw.NodeLink = had
+		message += "; " + had + ", the last good link, stays in use"
+	}
+	ref := model.Ref{Kind: model.KindGateway, ID: gw.ID}
+	r.problems[ref] = append(r.problems[ref], model.Problem{
+		Kind: ref.Kind, Object: gw.ID, Field: "spec.clusterTraffic.nodeLink", Reason: model.ReasonNetworkPlugin, Message: message,
+	})
+	return had
+}
+
+// tellCilium names every gateway pod: those that lead nowhere by Cilium with no ranges, so
+// that what they once had is taken back.
+func (r *round) tellCilium() {
+	if r.Behind == nil {
 		return
 	}
 	var list []cilium.Endpoint
 	var ranges []netip.Prefix
 	for _, gw := range r.model.Gateways {
-		behind := plan.BehindGateway(gw)
-		if refused != "" && len(behind) > 0 {
-			ref := model.Ref{Kind: model.KindGateway, ID: gw.ID}
-			r.problems[ref] = append(r.problems[ref], model.Problem{
-				Kind: ref.Kind, Object: gw.ID, Field: "spec.clusterTraffic.nodeLink", Reason: model.ReasonNetworkPlugin, Message: "CiliumEndpoint: " + refused,
-			})
-			behind = nil
-		}
-		ranges = append(ranges, behind...)
-		o := r.seen.gateways[gw.ID]
-		if o == nil {
+		g := r.gateways[gw.ID]
+		if g == nil {
 			continue
 		}
-		for _, pod := range o.Status.Endpoints {
+		var behind []netip.Prefix
+		if g.link != "" {
+			behind = plan.BehindGateway(gw)
+		}
+		ranges = append(ranges, behind...)
+		for _, pod := range r.seen.gateways[gw.ID].Status.Endpoints {
 			e := cilium.Endpoint{Namespace: gw.Namespace, Pod: pod.Pod}
 			if pod.Active {
 				e.Ranges = behind
@@ -67,9 +104,7 @@ func (r *round) tellCilium(ctx context.Context) {
 			list = append(list, e)
 		}
 	}
-	if r.Behind != nil {
-		r.Behind(list, ranges)
-	}
+	r.Behind(list, ranges)
 }
 
 // ciliumRefuses says why no Cilium carries the traffic of sites and devices here, and what to do;

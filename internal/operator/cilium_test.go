@@ -5,9 +5,11 @@ import (
 	"strings"
 	"testing"
 
+	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/client/interceptor"
 
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
@@ -61,6 +63,81 @@ func TestCiliumRefused(t *testing.T) {
 				t.Errorf("Cilium is told of %v", told)
 			}
 		})
+	}
+}
+
+// A link that Cilium cannot carry leaves the one in use that was, also with another operator, until
+// one is asked for that can be carried; what the gateway consists of stays as it is.
+func TestCiliumRefusedKeepsTheLink(t *testing.T) {
+	w := newWorld(t, gateway(), site("berlin", "10.1.0.0/16"))
+	config := settings(map[string]string{"routing-mode": "native"})
+	w.create(config)
+	w.endpoint("culvert-edge-0")
+	var told []cilium.Endpoint
+	operator := func() *Operator {
+		o := w.operator(interceptor.Funcs{})
+		o.Behind = func(pods []cilium.Endpoint, _ []netip.Prefix) { told = pods }
+		return o
+	}
+	ask := func(link v1alpha1.NodeLink) {
+		edit(w, &v1alpha1.VPNGateway{}, "edge", func(g *v1alpha1.VPNGateway) { g.Spec.ClusterTraffic.NodeLink = link })
+	}
+	wants := func(o *Operator, link v1alpha1.NodeLink, accepted string) {
+		t.Helper()
+		w.rounds(o)
+		var g v1alpha1.VPNGateway
+		get(w, &g, "default", "edge")
+		if g.Status.NodeLink != link {
+			t.Errorf("the link in use is %q, not %q", g.Status.NodeLink, link)
+		}
+		w.wants(says(g.Status.Conditions, v1alpha1.ConditionAccepted), accepted)
+		if len(told) != 1 || (len(told[0].Ranges) > 0) != (link == v1alpha1.NodeLinkCiliumEndpoint) {
+			t.Errorf("with the link %q Cilium is told of %v", link, told)
+		}
+		annotated := w.podAnnotation("config.cilium.io/disable-source-ip-verification") != ""
+		if link != "" && annotated != (link == v1alpha1.NodeLinkCiliumEndpoint) {
+			t.Errorf("with the link %q the pods are annotated for Cilium: %t", link, annotated)
+		}
+	}
+	o := operator()
+	wants(o, v1alpha1.NodeLinkEncapsulated, "True Accepted")
+	ask(v1alpha1.NodeLinkCiliumEndpoint)
+	for range 2 {
+		wants(o, v1alpha1.NodeLinkEncapsulated, "False NetworkPlugin spec.clusterTraffic.nodeLink: CiliumEndpoint: with native routing")
+		o = operator() // another process
+	}
+	var g v1alpha1.VPNGateway
+	get(w, &g, "default", "edge")
+	if got := says(g.Status.Conditions, v1alpha1.ConditionAccepted); !strings.HasSuffix(got, "; Encapsulated, the last good link, stays in use") {
+		t.Errorf("it says %q", got)
+	}
+	ask(v1alpha1.NodeLinkDirect)
+	wants(o, v1alpha1.NodeLinkDirect, "True Accepted")
+	ask(v1alpha1.NodeLinkCiliumEndpoint)
+	wants(o, v1alpha1.NodeLinkDirect, "False NetworkPlugin")
+
+	config.Data["routing-mode"] = "tunnel"
+	w.update(config)
+	wants(o, v1alpha1.NodeLinkCiliumEndpoint, "True Accepted")
+	config.Data["routing-mode"] = "native"
+	w.update(config)
+	wants(o, "", "False NetworkPlugin") // nothing good is known: what was before was given up
+	ask(v1alpha1.NodeLinkEncapsulated)
+	wants(o, v1alpha1.NodeLinkEncapsulated, "True Accepted")
+}
+
+// podAnnotation is one of the gateway's pods.
+func (w *world) podAnnotation(name string) string {
+	w.t.Helper()
+	var s appsv1.StatefulSet
+	get(w, &s, "default", "culvert-edge")
+	return s.Spec.Template.Annotations[name]
+}
+
+func (w *world) update(o client.Object) {
+	w.t.Helper()
+	if err := w.client.Update(w.t.Context(), o); err != nil {
+		w.t.Fatal(err)
 	}
 }
 

@@ -122,6 +122,7 @@ type gatewayState struct {
 	uid     types.UID
 	address string // where the far sides dial; empty: not known
 	port    uint16 // there; 0: not known
+	link    string // the node link in use; empty: none
 	// still is what is to be said of one that stands still; nil: it does not.
 	still *metav1.Condition
 }
@@ -157,7 +158,8 @@ func (o *Operator) Round(ctx context.Context) error {
 		return err
 	}
 	r.parse()
-	r.tellCilium(ctx)
+	r.decideLinks(ctx)
+	r.tellCilium()
 	o.waiting = false
 	if err := r.findRemotes(ctx); err != nil {
 		return err

@@ -197,13 +197,16 @@ func (r *round) gatewayStatus(id model.ID, o *v1alpha1.VPNGateway) (statusWrite,
 		}
 		want.Cluster = v1alpha1.ClusterRangesStatus{PodCIDRs: texts(g.Pods), ServiceCIDRs: texts(g.ServiceRanges), NodeCIDRs: texts(g.Nodes)}
 		want.Sites, want.Devices = int32(len(g.Sites)), int32(len(g.Devices))
+		if want.NodeLink = v1alpha1.NodeLink(g.link); g.Masquerade {
+			want.NodeLink = ""
+		}
 	}
 	v := r.judge(model.Ref{Kind: model.KindGateway, ID: id}, o.Generation, nil, missing)
 	if v.ready == nil {
 		v.ready = r.standIn(g, o)
 	}
 	same := sameVerdict(v, o.Status.Conditions) && o.Status.ObservedGeneration == o.Generation &&
-		want.Address == o.Status.Address && want.WireGuardPort == o.Status.WireGuardPort &&
+		want.Address == o.Status.Address && want.WireGuardPort == o.Status.WireGuardPort && want.NodeLink == o.Status.NodeLink &&
 		want.Sites == o.Status.Sites && want.Devices == o.Status.Devices &&
 		slices.Equal(want.Cluster.PodCIDRs, o.Status.Cluster.PodCIDRs) &&
 		slices.Equal(want.Cluster.ServiceCIDRs, o.Status.Cluster.ServiceCIDRs) &&
@@ -215,6 +218,7 @@ func (r *round) gatewayStatus(id model.ID, o *v1alpha1.VPNGateway) (statusWrite,
 	if want.WireGuardPort != 0 {
 		status["wireguardPort"] = int64(want.WireGuardPort)
 	}
+	set(status, "nodeLink", string(want.NodeLink))
 	status["sites"], status["devices"] = int64(want.Sites), int64(want.Devices)
 	status["cluster"] = map[string]any{
 		"podCIDRs": anys(want.Cluster.PodCIDRs), "serviceCIDRs": anys(want.Cluster.ServiceCIDRs), "nodeCIDRs": anys(want.Cluster.NodeCIDRs),

@@ -159,7 +159,7 @@ func same(a, b metav1.Object) bool {
 	case *v1alpha1.VPNGateway:
 		y := b.(*v1alpha1.VPNGateway)
 		return equality.Semantic.DeepEqual(x.Status.Cluster, y.Status.Cluster) &&
-			x.Status.Address == y.Status.Address && x.Status.WireGuardPort == y.Status.WireGuardPort &&
+			x.Status.Address == y.Status.Address && x.Status.WireGuardPort == y.Status.WireGuardPort && x.Status.NodeLink == y.Status.NodeLink &&
 			equality.Semantic.DeepEqual(x.Status.Endpoints, y.Status.Endpoints) && sameSaid(x.Status.Conditions, y.Status.Conditions)
 	case *v1alpha1.Site:
 		return sameSaid(x.Status.Conditions, b.(*v1alpha1.Site).Status.Conditions)
@@ -196,7 +196,7 @@ func sameAccepted(a, b []metav1.Condition) bool {
 	if x == nil || y == nil {
 		return x == y
 	}
-	return x.Status == y.Status && x.ObservedGeneration == y.ObservedGeneration
+	return x.Status == y.Status && x.Reason == y.Reason && x.ObservedGeneration == y.ObservedGeneration
 }
 
 // retry is how an API server is asked again: soon at first, and every few seconds at

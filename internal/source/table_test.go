@@ -87,6 +87,24 @@ func TestDevicesAddressesAreNews(t *testing.T) {
 	}
 }
 
+func TestGatewaysLinkIsNews(t *testing.T) {
+	gateway := func(link v1alpha1.NodeLink, reason string) *v1alpha1.VPNGateway {
+		g := &v1alpha1.VPNGateway{ObjectMeta: metav1.ObjectMeta{Namespace: "a", Name: "edge", Generation: 1}}
+		g.Status.NodeLink = link
+		g.Status.Conditions = []metav1.Condition{{Type: v1alpha1.ConditionAccepted, Status: metav1.ConditionFalse, Reason: reason}}
+		return g
+	}
+	table, news := counted(&v1alpha1.VPNGateway{})
+	for i, g := range []*v1alpha1.VPNGateway{gateway("", "Overlap"), gateway("Direct", "Overlap"), gateway("Direct", "Overlap"), gateway("Direct", "NetworkPlugin")} {
+		if err := table.Update(g); err != nil {
+			t.Fatal(err)
+		}
+		if want := []int{1, 2, 2, 3}[i]; *news != want {
+			t.Errorf("after update %d: %d times news, want %d", i, *news, want)
+		}
+	}
+}
+
 // A new list after an outage takes away what is not in it, and announces only that.
 func TestListAfterAnOutage(t *testing.T) {
 	table, news := counted(&v1alpha1.Site{})
