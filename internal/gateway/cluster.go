@@ -2,14 +2,10 @@ package gateway
 
 import (
 	"context"
-	"errors"
-	"fmt"
 	"log/slog"
-	"maps"
 	"net"
 	"net/http"
 	"net/netip"
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -18,15 +14,12 @@ import (
 	discoveryv1 "k8s.io/api/discovery/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/culvert-vpn/culvert/api/v1alpha1"
-	"github.com/culvert-vpn/culvert/internal/ipam"
 	"github.com/culvert-vpn/culvert/internal/ipsec"
 	"github.com/culvert-vpn/culvert/internal/model"
 	"github.com/culvert-vpn/culvert/internal/netstate"
-	"github.com/culvert-vpn/culvert/internal/plan"
 	"github.com/culvert-vpn/culvert/internal/source"
 	"github.com/culvert-vpn/culvert/internal/store"
 	"github.com/culvert-vpn/culvert/internal/workload"
@@ -73,9 +66,6 @@ type cluster struct {
 	vote    context.CancelFunc
 	elected sync.WaitGroup
 }
-
-// identityTimeout is how long the API server may take over the gateway's key.
-const identityTimeout = 10 * time.Second
 
 // newCluster is for a pod; what a restart of its container needs is kept in s.
 func newCluster(o Options, s *store.Store, log *slog.Logger) *cluster {
@@ -325,149 +315,4 @@ func (c *cluster) refusedByPlugin() []model.Problem {
 		return nil
 	}
 	return []model.Problem{{Kind: model.KindGateway, Object: c.opts.Gateway, Reason: a.Reason, Message: a.Message}}
-}
-
-// Identity implements backing.
-func (c *cluster) Identity(ctx context.Context, _ *model.Gateway) (id identity, err error) {
-	if c.own == nil {
-		return id, fmt.Errorf("there is no VPNGateway %s", c.opts.Gateway)
-	}
-	ctx, cancel := context.WithTimeout(ctx, identityTimeout)
-	defer cancel()
-	if k := c.kept; k != nil {
-		return identity{private: k.PrivateKey, public: k.PublicKey, endpoints: maps.Clone(k.Endpoints)}, nil
-	}
-	if id.private, id.public, err = c.store.GatewayKey(ctx, c.own.UID); err != nil {
-		return identity{}, err
-	}
-	if id.endpoints, err = c.store.Endpoints(ctx); err == nil {
-		c.remains.identified(id)
-	}
-	return id, err
-}
-
-// Devices implements backing: the operator allocates addresses and makes keys, and tells
-// in each Device's status. What it says is checked as far as isolation depends on it: an
-// address lies in the gateway's ranges, and belongs to the Device that came first.
-func (c *cluster) Devices(gw *model.Gateway, facts *plan.Facts) ([]model.Problem, error) {
-	facts.NodeName, facts.PodIPs = c.opts.Node, c.opts.PodIPs
-	facts.Addresses = make(map[model.ID][]netip.Addr, len(gw.Devices))
-	facts.DeviceKeys = map[model.ID]netstate.Key{}
-	list := slices.Clone(gw.Devices)
-	slices.SortStableFunc(list, func(a, b *model.Device) int {
-		return c.created(a.ID).Compare(c.created(b.ID))
-	})
-	owners, keys := map[netip.Addr]model.ID{}, map[netstate.Key]model.ID{}
-	for _, d := range list { // keys of specs come first: Parse has checked them
-		if !d.PublicKey.IsZero() {
-			keys[d.PublicKey] = d.ID
-		}
-	}
-	var problems []model.Problem
-	for _, d := range list {
-		o := c.devices[d.ID]
-		if o == nil { // a kept version of a Device that is gone: it cannot be
-			continue
-		}
-		refuse := func(field, message string) {
-			problems = append(problems, model.Problem{Kind: model.KindDevice, Object: d.ID, Field: field, Reason: model.ReasonDuplicate, Message: message})
-		}
-		for _, a := range usable(gw, o.Status.Addresses) {
-			if owner, taken := owners[a]; taken {
-				refuse("status.addresses", fmt.Sprintf("%s is that of Device %s already: the operator gives each address once; see whether two of them run", a, owner))
-				continue
-			}
-			owners[a] = d.ID
-			facts.Addresses[d.ID] = append(facts.Addresses[d.ID], a)
-		}
-		if !d.PublicKey.IsZero() || o.Status.PublicKey == "" {
-			continue
-		}
-		key, err := netstate.ParseKey(o.Status.PublicKey)
-		if owner, taken := keys[key]; err != nil || key.IsZero() || taken {
-			if taken {
-				refuse("status.publicKey", fmt.Sprintf("%s is the key of Device %s already: delete this Device and make it anew", key, owner))
-			}
-			continue
-		}
-		keys[key] = d.ID
-		facts.DeviceKeys[d.ID] = key
-	}
-	return problems, nil
-}
-
-func (c *cluster) created(id model.ID) time.Time {
-	if o := c.devices[id]; o != nil {
-		return o.CreationTimestamp.Time
-	}
-	return time.Time{}
-}
-
-// usable are the addresses that a device of the gateway may have.
-func usable(gw *model.Gateway, list []string) []netip.Addr {
-	var out []netip.Addr
-	for _, s := range list {
-		a, err := netip.ParseAddr(s)
-		if err != nil {
-			continue
-		}
-		i := slices.IndexFunc(gw.DeviceRanges, func(r netip.Prefix) bool { return r.Contains(a) })
-		if i >= 0 && ipam.Reserved(gw.DeviceRanges[i], a) == "" && !slices.ContainsFunc(out, func(b netip.Addr) bool { return a.Is4() == b.Is4() }) {
-			out = append(out, a)
-		}
-	}
-	return out
-}
-
-// Save implements backing: an API server keeps its objects itself.
-func (c *cluster) Save() error { return nil }
-
-// SaveEndpoints implements backing: in the background, the last ones win.
-func (c *cluster) SaveEndpoints(m map[netstate.Key]netip.AddrPort) error {
-	c.remains.moved(m)
-	select {
-	case <-c.save: // not written yet, and outdated
-	default:
-	}
-	c.save <- maps.Clone(m)
-	return nil
-}
-
-// saveEndpoints writes until ctx ends; what could not be written is tried again.
-func (c *cluster) saveEndpoints(ctx context.Context) {
-	failed := false
-	for {
-		var m map[netstate.Key]netip.AddrPort
-		select {
-		case <-ctx.Done():
-			return
-		case m = <-c.save:
-		}
-		for ctx.Err() == nil {
-			err := c.saveOnce(ctx, m)
-			if err == nil {
-				failed = false
-				break
-			}
-			if !failed && !errors.Is(err, context.Canceled) {
-				c.log.Warn("cannot keep the peers' endpoints", "error", err)
-			}
-			failed = true
-			select {
-			case <-ctx.Done():
-			case <-time.After(saveEvery):
-			}
-			select { // newer ones
-			case m = <-c.save:
-			default:
-			}
-		}
-	}
-}
-
-func (c *cluster) saveOnce(ctx context.Context, m map[netstate.Key]netip.AddrPort) error {
-	ctx, cancel := context.WithTimeout(ctx, identityTimeout)
-	defer cancel()
-	uid, _ := c.uid.Load().(types.UID)
-	return c.store.SaveEndpoints(ctx, uid, m)
 }

@@ -175,27 +175,18 @@ func (n *network) serve(h *labtest.Host, name string, at netip.AddrPort) {
 			_, _ = u.WriteToUDPAddrPort([]byte(name+" < "+from.Addr().String()), from)
 		}
 	}()
-	go func() {
+	labtest.Serve(l, func(c net.Conn) {
+		b := make([]byte, 2048)
+		from, _, _ := net.SplitHostPort(c.RemoteAddr().String())
 		for {
-			c, err := l.Accept()
-			if err != nil {
+			if _, err := c.Read(b); err != nil {
 				return
 			}
-			go func() {
-				defer c.Close()
-				b := make([]byte, 2048)
-				from, _, _ := net.SplitHostPort(c.RemoteAddr().String())
-				for {
-					if _, err := c.Read(b); err != nil {
-						return
-					}
-					if _, err := c.Write([]byte(name + " < " + from)); err != nil {
-						return
-					}
-				}
-			}()
+			if _, err := c.Write([]byte(name + " < " + from)); err != nil {
+				return
+			}
 		}
-	}()
+	})
 }
 
 const patience = 300 * time.Millisecond

@@ -1,11 +1,13 @@
 package nft
 
 import (
+	"net"
 	"net/netip"
 	"strings"
 	"testing"
 	"time"
 
+	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 	"github.com/culvert-vpn/culvert/internal/netstate"
 )
 
@@ -353,19 +355,10 @@ func (n *network) relay() {
 	for _, at := range []string{"127.0.0.1", "::1"} {
 		l := n.transparent(netip.AddrPortFrom(netip.MustParseAddr(at), netstate.RelayPort))
 		n.t.Cleanup(func() { _ = l.Close() })
-		go func() {
-			for {
-				c, err := l.Accept()
-				if err != nil {
-					return
-				}
-				go func() {
-					defer c.Close()
-					_, _ = c.Read(make([]byte, 1))
-					_, _ = c.Write([]byte("relay < "))
-				}()
-			}
-		}()
+		labtest.Serve(l, func(c net.Conn) {
+			_, _ = c.Read(make([]byte, 1))
+			_, _ = c.Write([]byte("relay < "))
+		})
 	}
 }
 
