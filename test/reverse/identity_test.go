@@ -18,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 	"github.com/culvert-vpn/culvert/internal/pki"
 	"github.com/culvert-vpn/culvert/internal/reverse/hub"
 	"github.com/culvert-vpn/culvert/internal/reverse/identity"
@@ -299,29 +300,20 @@ func TestThroughAProxy(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	go func() {
-		for {
-			c, err := l.Accept()
-			if err != nil {
-				return
-			}
-			go func() {
-				defer c.Close()
-				r, err := http.ReadRequest(bufio.NewReader(c))
-				if err != nil || r.Method != http.MethodConnect || r.Header.Get("Proxy-Authorization") != "Basic dXNlcjpzZWNyZXQ=" {
-					_, _ = io.WriteString(c, "HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
-					return
-				}
-				up, err := net.Dial("tcp", r.Host)
-				if err != nil {
-					return
-				}
-				through.Add(1)
-				_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
-				_, _, _ = mux.Relay(c.(*net.TCPConn), up.(*net.TCPConn))
-			}()
+	labtest.Serve(l, func(c net.Conn) {
+		r, err := http.ReadRequest(bufio.NewReader(c))
+		if err != nil || r.Method != http.MethodConnect || r.Header.Get("Proxy-Authorization") != "Basic dXNlcjpzZWNyZXQ=" {
+			_, _ = io.WriteString(c, "HTTP/1.1 407 Proxy Authentication Required\r\n\r\n")
+			return
 		}
-	}()
+		up, err := net.Dial("tcp", r.Host)
+		if err != nil {
+			return
+		}
+		through.Add(1)
+		_, _ = io.WriteString(c, "HTTP/1.1 200 OK\r\n\r\n")
+		_, _, _ = mux.Relay(c.(*net.TCPConn), up.(*net.TCPConn))
+	})
 	n := newTenant(t, "u1")
 	n.startHubs(1)
 	proxy := func(user string) *link.Dialer {
