@@ -116,19 +116,20 @@ func (w *world) endpointsWay(t *testing.T) {
 }
 
 // endpointsWayRefused: where packets between nodes travel as they are, a condition and the doctor say
-// that this link is not to be had, and what is.
+// that this link is not to be had, and what is; the link that was goes on.
 func (w *world) endpointsWayRefused(t *testing.T) {
 	w.nodeLink("CiliumEndpoint")
 	for _, c := range []string{"Accepted", "Ready"} {
 		w.In(t).Kubectl("-n", "vpn", "wait", "vpngateway/hq", "--for=condition="+c+"=False", "--timeout=30s")
 		out := w.Kubectl("-n", "vpn", "get", "vgw", "hq", "-o", `jsonpath={.status.conditions[?(@.type=="`+c+`")]}`)
-		if !strings.Contains(out, `"reason":"NetworkPlugin"`) || !strings.Contains(out, "set Encapsulated") {
+		if !strings.Contains(out, `"reason":"NetworkPlugin"`) || !strings.Contains(out, "set Encapsulated") || !strings.Contains(out, "Encapsulated, the last good link, stays in use") {
 			t.Errorf("%s is %s", c, out)
 		}
 	}
 	if out, err := w.doctor(t); err == nil || !strings.Contains(out, "nodeLink CiliumEndpoint is refused") {
 		t.Errorf("culvert doctor: %v: %s", err, out)
 	}
+	works(t, 20*time.Second, w.flows())
 	w.nodeLink("Encapsulated")
 	w.Kubectl("-n", "vpn", "wait", "vpngateway/hq", "--for=condition=Accepted", "--timeout=30s")
 	w.gatewayIsNew(t, "")

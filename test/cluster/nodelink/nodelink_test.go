@@ -227,7 +227,7 @@ func via(n *cluster.Node) string {
 func TestNodeLink(t *testing.T) {
 	w := newWorld(t, cluster.Options{AllowSpoofing: true}) // what is foreign is counted all the same
 	w.bothWays()
-	t.Run("agents restart", w.agentsRestart)
+	t.Run("a link that is refused", w.refused)
 	t.Run("gateway moves", w.gatewayMoves)
 	if n := w.spoofed(); n != 0 {
 		t.Errorf("the nodes sent %d packets with addresses that are not their own", n)
@@ -250,11 +250,29 @@ func (w *world) spoofed() (sum int) {
 	return sum
 }
 
+// link asks for a node link.
+func (w *world) link(kind string) {
+	w.t.Helper()
+	w.Kubectl("-n", "link", "patch", "vgw", "edge", "--type=merge", "-p", `{"spec":{"clusterTraffic":{"nodeLink":"`+kind+`"}}}`)
+}
+
+// refused sees that a link that the cluster cannot carry leaves the one that is in use, also when
+// agents restart.
+func (w *world) refused(t *testing.T) {
+	w.link("CiliumEndpoint")
+	w.Kubectl("-n", "link", "wait", "vgw/edge", "--for=condition=Accepted=False", "--timeout=30s")
+	w.agentsRestart(t)
+	w.bothWays()
+	if out := w.Kubectl("-n", "link", "get", "vgw", "edge", "-o", "jsonpath={.status.nodeLink} {.status.conditions[?(@.type=='Accepted')]}"); !strings.HasPrefix(out, "Encapsulated ") ||
+		!strings.Contains(out, "NetworkPlugin") || !strings.Contains(out, "Encapsulated, the last good link, stays in use") {
+		t.Errorf("the link in use, and Accepted: %s", out)
+	}
+	w.link("Encapsulated")
+	w.Kubectl("-n", "link", "wait", "vgw/edge", "--for=condition=Accepted", "--timeout=30s")
+}
+
 // direct changes to the link for networks that let foreign addresses pass, and back.
 func (w *world) direct(t *testing.T) {
-	link := func(kind string) {
-		w.Kubectl("-n", "link", "patch", "vgw", "edge", "--type=merge", "-p", `{"spec":{"clusterTraffic":{"nodeLink":"`+kind+`"}}}`)
-	}
 	vxlan := func(there bool) {
 		for _, n := range w.Nodes {
 			labtest.Eventually(t, 10*time.Second, fmt.Sprintf("cvtnodes on %s: %t", n.Name, there), func() error {
@@ -265,13 +283,13 @@ func (w *world) direct(t *testing.T) {
 			})
 		}
 	}
-	link("Direct")
+	w.link("Direct")
 	vxlan(false)
 	w.bothWays()
 	if w.spoofed() == 0 {
 		t.Error("no packet went over the fabric with the site's own address: that is not direct")
 	}
-	link("Encapsulated")
+	w.link("Encapsulated")
 	vxlan(true)
 	before := w.spoofed()
 	w.bothWays()
