@@ -240,7 +240,7 @@ func (w *world) ciliumKilled(t *testing.T) {
 		})
 	}
 	group.Wait()
-	o.over("Cilium's agents killed")
+	o.longest("Cilium's agents killed")
 	w.silence(t, "Cilium's agents killed")
 }
 
