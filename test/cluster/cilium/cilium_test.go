@@ -3,7 +3,6 @@ package cilium_test
 import (
 	"fmt"
 	"os/exec"
-	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -77,6 +76,25 @@ func TestCiliumInPlaceOfKubeProxy(t *testing.T) {
 	}
 }
 
+// Pods have routes of their own, as Constellation has it.
+const endpointRoutes = "endpointRoutes.enabled=true"
+
+// TestCiliumEndpointInPlaceOfKubeProxy is nodeLink CiliumEndpoint where Cilium replaces kube-proxy, and both
+// links with endpoint routes.
+func TestCiliumEndpointInPlaceOfKubeProxy(t *testing.T) {
+	if labtest.Goal(1, 0) == 0 {
+		t.Skip("CULVERT_GOALS=1 runs it: it takes minutes, and what is used most is in TestCilium and TestCiliumInPlaceOfKubeProxy")
+	}
+	w := newWorld(t, replaced, "--set", "cilium.enabled=true")
+	w.cell(t, cell{"replacement, tunnel", nil}, false)
+	t.Run("node link CiliumEndpoint", w.endpointsWay)
+	w.cell(t, cell{"endpoint routes, replacement, tunnel", and(replaced, endpointRoutes)}, true)
+	t.Run("node link CiliumEndpoint, endpoint routes", w.endpointsWay)
+	w.cell(t, cell{"replacement for hosts only, tunnel", and(replaced, "socketLB.hostNamespaceOnly=true")}, true)
+	t.Run("node link CiliumEndpoint, for hosts only", w.endpointsWay)
+	w.cell(t, cell{"endpoint routes, replacement, native routing", and(replaced, and(native, endpointRoutes)...)}, true)
+}
+
 // recognised: the doctor knows which Cilium it is, and finds nothing wrong with it.
 func (w *world) recognised(t *testing.T) {
 	t.Helper()
@@ -112,10 +130,6 @@ func (w *world) gatewayIsNew(t *testing.T, link string) {
 // doctor is what "culvert doctor" says about the cluster; an error when it finds something broken.
 func (w *world) doctor(t *testing.T) (string, error) {
 	t.Helper()
-	bin := filepath.Join(t.TempDir(), "culvert")
-	if out, err := exec.Command("go", "build", "-o", bin, "../../../cmd/culvert").CombinedOutput(); err != nil {
-		t.Fatalf("build: %v: %s", err, out)
-	}
-	out, err := exec.Command(bin, "doctor", "--kubeconfig", w.Kubeconfig()).CombinedOutput()
+	out, err := exec.Command(w.In(t).CulvertProgram(), "doctor", "--kubeconfig", w.Kubeconfig()).CombinedOutput()
 	return string(out), err
 }
