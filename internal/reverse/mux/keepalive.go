@@ -81,5 +81,19 @@ func (s *Session) Ping() {
 // Heard is when something was last received.
 func (s *Session) Heard() time.Time { return s.start.Add(time.Duration(s.received.Load())) }
 
+// measured notes a round-trip time. The least one is forgotten little by little: a path may become
+// longer.
+func (s *Session) measured(rtt int64) {
+	s.rtt.Store(rtt)
+	if least := s.least.Load(); least > 0 {
+		rtt = min(rtt, least+least/32)
+	}
+	s.least.Store(rtt)
+}
+
+// leastRTT is the round-trip time without what waits in front of a ping while there is much to carry;
+// zero: none was measured yet.
+func (s *Session) leastRTT() time.Duration { return time.Duration(s.least.Load()) }
+
 // RTT is the last measured round-trip time; zero: none yet.
 func (s *Session) RTT() time.Duration { return time.Duration(s.rtt.Load()) }

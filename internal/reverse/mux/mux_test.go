@@ -164,6 +164,41 @@ func TestCreditIsPerStream(t *testing.T) {
 	})
 }
 
+// A window becomes as wide as the path needs it.
+func TestWindowFollowsThePath(t *testing.T) {
+	const ms = time.Millisecond
+	for _, x := range []struct {
+		window    int
+		took, rtt time.Duration
+		want      bool
+	}{
+		{initialWindow, 7 * ms, 0, true},
+		{initialWindow, 9 * ms, 0, false},
+		{2 * initialWindow, ms, 0, false},
+		{2 * initialWindow, ms / 2, ms / 10, false},
+		{2 * initialWindow, ms / 3, ms / 10, true},
+		{maxWindow / 2, 150 * ms, 40 * ms, true},
+		{maxWindow / 2, 170 * ms, 40 * ms, false},
+		{maxWindow, ms, 40 * ms, false},
+	} {
+		if got := wider(x.window, x.took, x.rtt); got != x.want {
+			t.Errorf("half of %d bytes in %s, round trip %s: wider %v, want %v", x.window, x.took, x.rtt, got, x.want)
+		}
+	}
+	var s Session
+	for i, x := range []struct{ rtt, least time.Duration }{{40 * ms, 40 * ms}, {10 * ms, 10 * ms}, {100 * ms, 10*ms + 10*ms/32}, {9 * ms, 9 * ms}} {
+		if s.measured(int64(x.rtt)); s.leastRTT() != x.least || s.RTT() != x.rtt {
+			t.Errorf("round trip %d: the least is %s and the last %s, want %s and %s", i, s.leastRTT(), s.RTT(), x.least, x.rtt)
+		}
+	}
+	for range 100 { // five minutes of pings
+		s.measured(int64(100 * ms))
+	}
+	if s.leastRTT() != 100*ms {
+		t.Errorf("a path that has become longer: %s", s.leastRTT())
+	}
+}
+
 // A peer that sends more than it was allowed is cut off.
 func TestTooMuchIsCutOff(t *testing.T) {
 	a, b := tcpPair(t)

@@ -58,6 +58,7 @@ type Session struct {
 
 	received atomic.Int64 // nanoseconds since start: the last time that something came
 	rtt      atomic.Int64 // nanoseconds; 0: not measured yet
+	least    atomic.Int64 // the least one of late, the same
 	in, out  atomic.Uint64
 
 	mu       sync.Mutex

@@ -75,7 +75,7 @@ func (s *Session) readControl(f wire.Frame) error {
 		return s.pong(payload)
 	case wire.FramePong:
 		if sent, now := binary.BigEndian.Uint64(payload), uint64(s.clock()); sent <= now {
-			s.rtt.Store(int64(now - sent))
+			s.measured(int64(now - sent))
 		}
 		return nil
 	case wire.FrameGoAway:

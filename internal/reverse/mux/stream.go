@@ -138,9 +138,7 @@ func (st *Stream) consume(n int) {
 	}
 	give := st.consumed
 	now := time.Now()
-	// A reader that takes half a window in a few round trips could have more under way.
-	const roundTrips = 4
-	if st.window < maxWindow && now.Sub(st.credited) < max(roundTrips*st.session.RTT(), 8*time.Millisecond) && st.session.widen(st.window) {
+	if wider(st.window, now.Sub(st.credited), st.session.leastRTT()) && st.session.widen(st.window) {
 		give += st.window
 		st.window *= 2
 	}
@@ -150,6 +148,18 @@ func (st *Stream) consume(n int) {
 	var payload [4]byte
 	binary.BigEndian.PutUint32(payload[:], uint32(give))
 	st.session.queueControl(wire.FrameCredit, st.id, payload[:])
+}
+
+// wider reports whether a reader that has taken half a window in the given time could have more under
+// way: if that was a few round trips, or, up to shortWindow, if it is only not given the processor at
+// once. What goes beyond that just waits somewhere, and leaves the processors' caches: on a short path
+// windows of 8 MiB cost a quarter more of their time.
+func wider(window int, took, rtt time.Duration) bool {
+	const (
+		roundTrips  = 4
+		shortWindow = 512 << 10
+	)
+	return window < maxWindow && (took < roundTrips*rtt || window < shortWindow && took < 8*time.Millisecond)
 }
 
 // LocalAddr implements net.Conn.
