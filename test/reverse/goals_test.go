@@ -231,26 +231,30 @@ func TestStreamSpeed(t *testing.T) {
 		{name: "egress, down", w: behindSocket, r: socket},
 		{name: "egress, up", w: socket, r: behindSocket},
 	}
+	var directCost []float64
 	for range 3 {
 		direct, directCPU := speed(t, server, client, size)
+		directCost = append(directCost, directCPU)
 		line := fmt.Sprintf("direct TLS %.1f Gbit/s, %.2f CPU s/GB", direct, directCPU)
 		for i := range ways {
 			w := &ways[i]
 			rate, cpu := speed(t, w.w, w.r, size)
 			line += fmt.Sprintf("; %s %.1f (%.2f×), %.2f (%.2f×)", w.name, rate, rate/direct, cpu, cpu/directCPU)
-			w.ratio, w.cost = append(w.ratio, rate/direct), append(w.cost, cpu/directCPU)
+			w.ratio, w.cost = append(w.ratio, rate/direct), append(w.cost, cpu)
 		}
 		t.Log(line)
 	}
+	slices.Sort(directCost) // what it costs differs from round to round more than anything else does
 	for _, w := range ways {
 		slices.Sort(w.ratio)
 		slices.Sort(w.cost)
-		t.Logf("%s: %.2f of the speed, %.2f of the CPU time per GB", w.name, w.ratio[1], w.cost[1])
+		cost := w.cost[1] / directCost[1]
+		t.Logf("%s: %.2f of the speed, %.2f of the CPU time per GB", w.name, w.ratio[1], cost)
 		if want := labtest.Goal(0.4, 0.2); w.ratio[1] < want {
 			t.Errorf("%s: %.2f of a direct TLS connection's speed, wanted at least %.1f", w.name, w.ratio[1], want)
 		}
-		if want := labtest.Goal(2.5, 3.5); w.cost[1] > want {
-			t.Errorf("%s: %.2f of its CPU time, wanted at most %.1f", w.name, w.cost[1], want)
+		if want := labtest.Goal(2.5, 3.5); cost > want {
+			t.Errorf("%s: %.2f of its CPU time, wanted at most %.1f", w.name, cost, want)
 		}
 	}
 }

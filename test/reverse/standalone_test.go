@@ -1,6 +1,7 @@
 package reverse
 
 import (
+	"bufio"
 	"context"
 	"encoding/json"
 	"errors"
@@ -178,7 +179,7 @@ func TestStandalone(t *testing.T) {
 	s.invite(pki.Spoke, "node-1", "spoke.yaml")
 	s.invite(pki.Client, "api", "egress.yaml")
 	spoke := s.start(s.remote, "spoke", "--join", s.path("spoke.yaml"), "--state", s.path("spoke"))
-	s.start(s.control, "egress", "--join", s.path("egress.yaml"), "--state", s.path("egress"), "--socket", s.path("e.sock"), "--listen", "127.0.0.1:8139")
+	egress := s.start(s.control, "egress", "--join", s.path("egress.yaml"), "--state", s.path("egress"), "--socket", s.path("e.sock"), "--listen", "127.0.0.1:8139")
 	works := func() error { return s.through("10.50.0.1:80") }
 	labtest.Eventually(t, 15*time.Second, "a connection through the tunnel", works)
 	if info, err := os.Stat(s.path("e.sock")); err != nil || info.Mode().Perm() != 0o660 {
@@ -192,6 +193,7 @@ func TestStandalone(t *testing.T) {
 	t.Run("memory", func(t *testing.T) { s.memory(t, hubs) })
 	t.Run("idle connections", func(t *testing.T) { s.idle(t, hubs) })
 	t.Run("1 Gbit/s", func(t *testing.T) { s.gigabit(t) })
+	t.Run("everything stands still", func(t *testing.T) { s.standStill(t, append([]*exec.Cmd{spoke, egress}, hubs...)) })
 	t.Run("export", func(t *testing.T) {
 		labtest.Eventually(t, 5*time.Second, "the other direction", func() error {
 			_, body, err := s.get(s.remote, "http://127.0.0.1:8080/")
@@ -269,6 +271,51 @@ func TestStandalone(t *testing.T) {
 		labtest.Eventually(t, 10*time.Second, "it joined again", works)
 	})
 	s.secrets()
+}
+
+// standStill stops all programs for longer than a path may be silent, as a machine does that is moved
+// to another host: what was open goes on.
+func (s *site) standStill(t *testing.T, all []*exec.Cmd) {
+	if os.Getenv("CULVERT_GOALS") == "" {
+		t.Skip("CULVERT_GOALS=1 runs it: it takes 12 s")
+	}
+	c, err := (&egressProcess{socket: s.path("e.sock")}).connect("10.50.0.1:80")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer c.Close()
+	answers := bufio.NewReader(c)
+	ask := func() error {
+		_ = c.SetDeadline(time.Now().Add(5 * time.Second))
+		if _, err := io.WriteString(c, "GET / HTTP/1.1\r\nHost: x\r\n\r\n"); err != nil {
+			return err
+		}
+		r, err := http.ReadResponse(answers, nil)
+		if err != nil {
+			return err
+		}
+		_, err = io.Copy(io.Discard, r.Body)
+		return errors.Join(err, r.Body.Close())
+	}
+	if err := ask(); err != nil {
+		t.Fatal(err)
+	}
+	for _, signal := range []syscall.Signal{syscall.SIGSTOP, syscall.SIGCONT} {
+		for _, program := range all {
+			if err := syscall.Kill(-program.Process.Pid, signal); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if signal == syscall.SIGSTOP {
+			time.Sleep(10 * time.Second)
+		}
+	}
+	for range 4 { // also once everybody has looked at the clock
+		if err := ask(); err != nil {
+			t.Fatalf("after standing still: %v", err)
+		}
+		time.Sleep(500 * time.Millisecond)
+	}
 }
 
 // curl: a stock client, by the egress's loopback address as Prometheus does, and at a hub's own
