@@ -243,6 +243,9 @@ func (g *Gateway) serve(ctx context.Context) error {
 		return errors.Join(err, group.Wait())
 	}
 	group.Go("gateway", g.loop)
+	if g.wireguard.Datapath() == wireguard.UserSpace {
+		group.Go("threads", paceThreads)
+	}
 	return group.Wait()
 }
 
