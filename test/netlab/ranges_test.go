@@ -26,10 +26,16 @@ func (n *network) wgSite(g *gateway, name string, cidrs, addrs []string, extra .
 	return d
 }
 
-// routes are all routes on the gateway's host.
+// routes are all routes on the gateway's host but those of link-local addresses.
 func (g *gateway) routes() string {
 	g.t.Helper()
-	return g.host.Run("ip", "route", "show", "table", "all") + g.host.Run("ip", "-6", "route", "show", "table", "all")
+	var out strings.Builder
+	for line := range strings.Lines(g.host.Run("ip", "route", "show", "table", "all") + g.host.Run("ip", "-6", "route", "show", "table", "all")) {
+		if !strings.Contains(line, "fe80:") { // links' own, which come when nobody else was found to have them
+			out.WriteString(line)
+		}
+	}
+	return out.String()
 }
 
 // A range that overlaps another's is refused with both named, and the one who had it
