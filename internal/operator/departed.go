@@ -9,6 +9,7 @@ import (
 	"strings"
 	"time"
 
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -67,18 +68,25 @@ func (r *round) departed(ctx context.Context) error {
 		}
 	}
 	list = append(list, r.believe(doubted)...)
-	return each(ctx, list, func(ctx context.Context, d departure) error {
-		u := &unstructured.Unstructured{Object: map[string]any{"status": map[string]any{}}}
-		u.SetGroupVersionKind(v1alpha1.GroupVersion.WithKind(d.kind))
-		u.SetNamespace(d.id.Namespace)
-		u.SetName(d.id.Name)
-		// Who applies less than before gives up the rest.
-		err := r.Writer.Status().Apply(ctx, client.ApplyConfigurationFromUnstructured(u), client.FieldOwner(PodManager(d.pod)), client.ForceOwnership)
-		if client.IgnoreNotFound(err) != nil {
-			return fmt.Errorf("status of %s %s, of pod %s: %w", d.kind, d.id, d.pod, err)
-		}
-		return nil
-	})
+	return each(ctx, list, r.withdraw)
+}
+
+// withdraw takes what a pod said out of a status, as it was when that was decided: a pod that is
+// back and has spoken since is not silenced, and the next round looks again.
+func (r *round) withdraw(ctx context.Context, d departure) error {
+	u := &unstructured.Unstructured{Object: map[string]any{"status": map[string]any{}}}
+	u.SetGroupVersionKind(v1alpha1.GroupVersion.WithKind(d.kind))
+	u.SetNamespace(d.id.Namespace)
+	u.SetName(d.id.Name)
+	if d.kind == model.KindSite {
+		u.SetResourceVersion(r.seen.sites[d.id].ResourceVersion)
+	}
+	// Who applies less than before gives up the rest.
+	err := r.Writer.Status().Apply(ctx, client.ApplyConfigurationFromUnstructured(u), client.FieldOwner(PodManager(d.pod)), client.ForceOwnership)
+	if err != nil && !apierrors.IsNotFound(err) && !apierrors.IsConflict(err) {
+		return fmt.Errorf("status of %s %s, of pod %s: %w", d.kind, d.id, d.pod, err)
+	}
+	return nil
 }
 
 // replaced reports whether another pod works than one that has said something.

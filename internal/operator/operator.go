@@ -71,6 +71,7 @@ type Operator struct {
 	doubts   map[departure]time.Time // since when a pod's word is in doubt
 	quiet    map[model.ID]time.Time  // since when a gateway has had no ready pod
 	process  string                  // of this process alone
+	left     map[string]bool         // namespaces that are gone and left objects behind; said once
 	metrics  remoteMetrics
 }
 
@@ -88,7 +89,7 @@ func New(c Config) *Operator {
 	if c.Event == nil {
 		c.Event = func(runtime.Object, bool, string, string) {}
 	}
-	o := &Operator{Config: c, scheme: c.Writer.Scheme(), claimed: map[string]recentClaim{}, doubts: map[departure]time.Time{}, process: processName()}
+	o := &Operator{Config: c, scheme: c.Writer.Scheme(), claimed: map[string]recentClaim{}, doubts: map[departure]time.Time{}, left: map[string]bool{}, process: processName()}
 	o.forget()
 	return o
 }

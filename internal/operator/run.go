@@ -260,7 +260,7 @@ func (l *loop) add(m manager.Manager, o Options) error {
 	watched := []client.Object{
 		&v1alpha1.VPNGateway{}, &v1alpha1.Site{}, &v1alpha1.Device{}, &v1alpha1.RemoteCluster{}, &appsv1.StatefulSet{}, &corev1.Node{}, &corev1.Service{}, &discoveryv1.EndpointSlice{},
 	}
-	for _, kind := range append(ownedKinds, leaseKind) {
+	for _, kind := range append(ownedKinds, leaseKind, namespaceKind) {
 		p := &metav1.PartialObjectMetadata{}
 		p.SetGroupVersionKind(kind)
 		watched = append(watched, p)

@@ -22,7 +22,7 @@ import (
 // snapshot is what the cluster holds, as far as it matters here. Nothing of it may be
 // changed: the cache shares it.
 type snapshot struct {
-	objects  model.Objects // gateways, sites, devices, remote clusters; without those that are being deleted
+	objects  model.Objects // gateways, sites, devices, remote clusters; without those that are being deleted, alone or with their namespace
 	gateways map[model.ID]*v1alpha1.VPNGateway
 	sites    map[model.ID]*v1alpha1.Site
 	devices  map[model.ID]*v1alpha1.Device // those that are being deleted, too
@@ -106,8 +106,16 @@ func (o *Operator) gatherObjects(ctx context.Context, s *snapshot) error {
 			return err
 		}
 	}
+	leaving, err := o.leaving(ctx)
+	if err != nil {
+		return err
+	}
 	add := func(x metav1.Object) {
-		if x.GetDeletionTimestamp().IsZero() {
+		if !x.GetDeletionTimestamp().IsZero() || err != nil {
+			return
+		}
+		var gone bool
+		if gone, err = leaving(x.GetNamespace()); !gone {
 			s.objects.Add(model.Decoded{Object: x})
 		}
 	}
@@ -131,7 +139,7 @@ func (o *Operator) gatherObjects(ctx context.Context, s *snapshot) error {
 		s.remotes[idOf(x)] = x
 		add(x)
 	}
-	return nil
+	return err
 }
 
 func idOf(o metav1.Object) model.ID { return model.ID{Namespace: o.GetNamespace(), Name: o.GetName()} }

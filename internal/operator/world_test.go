@@ -43,12 +43,17 @@ func newWorld(t *testing.T, objects ...client.Object) *world {
 	w.client = fake.NewClientBuilder().WithScheme(scheme).
 		WithStatusSubresource(&v1alpha1.VPNGateway{}, &v1alpha1.Site{}, &v1alpha1.Device{}, &v1alpha1.RemoteCluster{}, &corev1.Service{}, &appsv1.StatefulSet{}).
 		WithObjects(node("n1", "10.244.1.0/24", "172.30.0.11"), node("n2", "10.244.2.0/24", "172.30.0.12"),
+			namespace("default"), namespace("culvert-system"),
 			&networkingv1.ServiceCIDR{ObjectMeta: metav1.ObjectMeta{Name: "kubernetes"}, Spec: networkingv1.ServiceCIDRSpec{CIDRs: []string{"10.96.0.0/16"}}}).
 		Build()
 	for _, o := range objects {
 		w.create(o)
 	}
 	return w
+}
+
+func namespace(name string) *corev1.Namespace {
+	return &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}
 }
 
 func node(name, pods, address string) *corev1.Node {

@@ -178,7 +178,7 @@ func (f *Files) Stale() map[string][]model.Ref {
 // and "kubectl cp" write a file in several steps.
 const settle = 20 * time.Millisecond
 
-// settleRename is settle after a hidden file became a manifest, in one step: it is
+// settleRename is settle after a file that is none became a manifest, in one step: it is
 // complete. So write those that take care.
 const settleRename = 2 * time.Millisecond
 
@@ -215,7 +215,7 @@ func watch(ctx context.Context, w *fsnotify.Watcher, changed chan<- struct{}) {
 	quiet.Stop()
 	defer quiet.Stop()
 	var busy time.Time // until then somebody may be in the middle of writing
-	wasHidden := false // the event before was the old name of a hidden file
+	wasNone := false   // the event before was the old name of a file that is no manifest
 	for {
 		select {
 		case <-ctx.Done():
@@ -225,15 +225,17 @@ func watch(ctx context.Context, w *fsnotify.Watcher, changed chan<- struct{}) {
 				return
 			}
 			name := filepath.Base(e.Name)
-			switch replaced := wasHidden && e.Has(fsnotify.Create) && IsManifest(name); {
+			switch replaced := wasNone && e.Has(fsnotify.Create) && IsManifest(name); {
 			case hidden(name): // not read, until it gets another name
 			case replaced:
 				quiet.Reset(max(settleRename, time.Until(busy)))
+			case !IsManifest(name): // the same, but a manifest may be a link that leads there
+				quiet.Reset(settle)
 			default:
 				busy = time.Now().Add(settle)
 				quiet.Reset(settle)
 			}
-			wasHidden = e.Has(fsnotify.Rename) && hidden(name)
+			wasNone = e.Has(fsnotify.Rename) && !IsManifest(name)
 		case err, ok := <-w.Errors:
 			if !ok {
 				return

@@ -201,9 +201,9 @@ func TestWatchReportsReplacementsSooner(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	replace := func() {
-		write(t, dir, ".a.yaml", siteNamed("a"))
-		if err := os.Rename(filepath.Join(dir, ".a.yaml"), filepath.Join(dir, "a.yaml")); err != nil {
+	replace := func(temporary string) {
+		write(t, dir, temporary, siteNamed("a"))
+		if err := os.Rename(filepath.Join(dir, temporary), filepath.Join(dir, "a.yaml")); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -216,17 +216,19 @@ func TestWatchReportsReplacementsSooner(t *testing.T) {
 		}
 		return time.Since(began)
 	}
-	soonest := time.Hour
-	for range 10 {
-		replace()
-		soonest = min(soonest, report())
-	}
-	if soonest >= settle {
-		t.Errorf("a replaced manifest is reported after %s at best", soonest)
+	for _, temporary := range []string{".a.yaml", "a.yaml.new", "sedXyZ"} {
+		soonest := time.Hour
+		for range 10 {
+			replace(temporary)
+			soonest = min(soonest, report())
+		}
+		if soonest >= settle {
+			t.Errorf("a manifest replaced by way of %s is reported after %s at best", temporary, soonest)
+		}
 	}
 	for range 3 {
 		write(t, dir, "b.yaml", siteNamed("b"))
-		replace()
+		replace(".a.yaml")
 		if d := report(); d < settle/2 {
 			t.Errorf("a manifest that is being written is reported after %s", d)
 		}

@@ -23,6 +23,7 @@ var unused = map[string]string{
 	"culvert-operator: bind rbac.authorization.k8s.io/roles":                "used by each RoleBinding that it makes; not a request of its own",
 	"culvert-operator: bind rbac.authorization.k8s.io/clusterroles":         "used by each ClusterRoleBinding that it makes; not a request of its own",
 	"culvert-operator: get /services":                                       "before Kubernetes 1.33, which has ServiceCIDRs",
+	"culvert-operator: get /namespaces":                                     "objects of a namespace that is gone: test/cluster/operator",
 	"culvert-operator: get coordination.k8s.io/leases":                      "an address that two operators claim at once: the slower one looks whose it is",
 	"culvert-operator: patch /serviceaccounts":                              "an upgrade that changes what is applied",
 	"culvert-operator: patch policy/poddisruptionbudgets":                   "an upgrade that changes what is applied",
