@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net"
 	"net/netip"
 	"os"
 	"path/filepath"
@@ -68,6 +67,7 @@ type encryption struct {
 	ciliumAsked time.Time
 	// present: there is a NodeEncryption, whether it could be read or not.
 	present bool
+	moved   bool // a route of others was moved
 }
 
 func newEncryption(o Options, r *route.Route) (*encryption, error) {
@@ -248,48 +248,6 @@ func (e *encryption) before(s netstate.State) []step {
 	return []step{{"guard", func(ctx context.Context) (int, error) { return e.guard.Set(ctx, s.Guard) }}}
 }
 
-// device is the step that makes the WireGuard device.
-func (e *encryption) device(s netstate.State) []step {
-	return []step{
-		{"sysctls", func(ctx context.Context) (int, error) { return e.route.SetSysctls(ctx, s.Sysctls) }},
-		{"wireguard", func(ctx context.Context) (int, error) { return e.setDevice(ctx, s.WireGuard) }},
-	}
-}
-
-func (e *encryption) setDevice(ctx context.Context, want []netstate.WireGuard) (int, error) {
-	if e.wg == nil {
-		if len(want) == 0 && !exists(netstate.EncryptionLink) {
-			return 0, nil
-		}
-		var err error
-		if e.wg, err = wireguard.New(wireguard.Options{Logger: e.log}); err != nil {
-			return 0, err
-		}
-	}
-	return e.wg.Set(ctx, want)
-}
-
-// setRoutes sets all routes. When the way to other nodes changes, open connections take the
-// new one at once.
-func (e *encryption) setRoutes(ctx context.Context, s netstate.State) (int, error) {
-	changed, err := e.route.SetRoutes(ctx, s.Routes, s.Rules)
-	var destinations []netip.Prefix
-	for _, r := range s.Routes {
-		if r.Link == netstate.EncryptionLink {
-			destinations = append(destinations, r.Destination)
-		}
-	}
-	if changed > 0 {
-		err = errors.Join(err, e.route.Reconsider(ctx, destinations))
-	}
-	return changed, err
-}
-
-func exists(link string) bool {
-	_, err := net.InterfaceByName(link)
-	return err == nil
-}
-
 // after are the steps that come last: a guard that nobody wants any more goes when nothing is
 // encrypted any more. One whose NodeEncryption is there, but cannot be read, stays. Pods wait
 // for a guard as long as one is kept that drops.
@@ -327,18 +285,6 @@ func (e *encryption) hold() (int, error) {
 		return changed, errors.Join(err, errors.New(why))
 	}
 	return e.chain.Set(want)
-}
-
-// remove takes everything down, the guard last.
-func (e *encryption) remove() error {
-	var err error
-	if e.wg == nil {
-		_, err = e.setDevice(context.Background(), nil)
-	}
-	if e.wg != nil {
-		err = errors.Join(err, e.wg.Close())
-	}
-	return err
 }
 
 // localLinks are the links that pods are, or will be, attached to, and why the addresses of

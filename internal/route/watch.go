@@ -19,7 +19,8 @@ const watchDelay = 50 * time.Millisecond
 
 // Watch tells, without more detail, that something of interest has changed: one of our
 // links, its addresses, a route in our tables, one of our rules, a default route, or a
-// link that a default route leaves by. Changes within 50 ms are told of once, and those
+// link that a default route leaves by; or that others have put a route with a next hop onto one of
+// our links. Changes within 50 ms are told of once, and those
 // that nobody has received yet too. Some changes that this Route makes itself count as
 // well: a Set that finds nothing to do follows them. It may be called once; the channel
 // is closed when ctx ends or the Route is closed.
@@ -151,9 +152,10 @@ func (w *watch) route(m syscall.NetlinkMessage) bool {
 		return false
 	}
 	rt := nl.DeserializeRtMsg(m.Data)
-	table := int(rt.Table)
+	table, link, hop := int(rt.Table), 0, false
 	if attrs, err := nl.ParseRouteAttr(m.Data[unix.SizeofRtMsg:]); err == nil {
-		table = attribute(attrs, unix.RTA_TABLE, table)
+		table, link = attribute(attrs, unix.RTA_TABLE, table), attribute(attrs, unix.RTA_OIF, 0)
+		hop = slices.ContainsFunc(attrs, func(a syscall.NetlinkRouteAttr) bool { return a.Attr.Type == unix.RTA_GATEWAY })
 	}
 	if rt.Dst_len == 0 && table == unix.RT_TABLE_MAIN {
 		w.r.mu.Lock()
@@ -163,8 +165,11 @@ func (w *watch) route(m syscall.NetlinkMessage) bool {
 		}
 		return true
 	}
-	added := m.Header.Type == unix.RTM_NEWROUTE && rt.Protocol == netstate.RouteProtocol
-	return slices.Contains(w.r.options.Tables, table) && !added
+	added := m.Header.Type == unix.RTM_NEWROUTE
+	if foreign := added && rt.Protocol != netstate.RouteProtocol && hop && w.own[link]; foreign {
+		return true
+	}
+	return slices.Contains(w.r.options.Tables, table) && !(added && rt.Protocol == netstate.RouteProtocol)
 }
 
 func (w *watch) rule(m syscall.NetlinkMessage) bool {

@@ -71,6 +71,8 @@ func TestWatchTellsOfWhatIsOfInterest(t *testing.T) {
 		{"link set eth0 mtu 1400", true},
 		{"route replace default via 192.0.2.2 mtu 1300", true},
 		{"link add cvt7 type veth peer name pod7", true},
+		{"route add 10.79.0.0/16 via 192.0.2.9 dev cvt0 onlink", true},
+		{"route add 10.80.0.0/16 dev cvt0", false},
 		{"addr add 10.77.0.1/24 dev pod0", false},
 		{"link set pod0 mtu 1300", false},
 		{"link set pod0 up", false},

@@ -235,9 +235,15 @@ func (n *node) set() (changed int, err error) {
 	err = n.inside(func() error {
 		var errs []error
 		for _, set := range []func() (int, error){
-			func() (int, error) { return n.guard.Set(ctx, s.Guard) },
+			func() (int, error) {
+				if s.Guard == nil {
+					return 0, nil
+				}
+				return n.guard.Set(ctx, s.Guard)
+			},
 			func() (int, error) { return n.nft.SetFirewall(ctx, s.Firewall) },
 			func() (int, error) { return n.route.SetSysctls(ctx, s.Sysctls) },
+			func() (int, error) { return n.route.MoveForeign(ctx, netstate.EncryptionLink) },
 			func() (int, error) { return n.wg.Set(ctx, s.WireGuard) },
 			func() (int, error) { return n.route.SetLinks(ctx, s.Links) },
 			func() (int, error) {
@@ -250,6 +256,12 @@ func (n *node) set() (changed int, err error) {
 					err = errors.Join(err, n.route.Reconsider(ctx, destinations))
 				}
 				return changed, err
+			},
+			func() (int, error) {
+				if s.Guard != nil {
+					return 0, nil
+				}
+				return 0, n.guard.Remove(ctx)
 			},
 		} {
 			c, err := set()
