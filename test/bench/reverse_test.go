@@ -153,19 +153,19 @@ func (r *reversal) measure(t *testing.T) figures {
 	opens := latency(n)
 	out["open"], out["open p99"] = median(opens), opens[len(opens)*99/100]
 	for _, rtt := range []int{10, 40} {
-		r.way.half.Store(int64(time.Duration(rtt) * time.Millisecond / 2))
+		r.way.delay(time.Duration(rtt) * time.Millisecond)
 		out[fmt.Sprintf("open, %d ms RTT", rtt)] = median(latency(5))
 	}
-	r.way.half.Store(0)
+	r.way.delay(0)
 	out["100 at once, p99"] = r.burst(t, n)
-	passed, cpu := r.way.bytes.Load(), processorTime(r.pids...)
+	passed, cpu := r.way.bytes(), processorTime(r.pids...)
 	seconds, err := r.download(1, size)
 	must(err)
 	out["one stream"] = float64(size) * 8 / seconds / 1e9
 	if len(r.pids) > 0 {
 		out["CPU"] = (processorTime(r.pids...) - cpu) / (float64(size) / 1e9)
 	}
-	if moved := r.way.bytes.Load() - passed; moved < size {
+	if moved := r.way.bytes() - passed; moved < size {
 		t.Errorf("%s: %d bytes were read, %d went over the path", r.name, size, moved)
 	}
 	seconds, err = r.download(8, size/8)
