@@ -21,6 +21,9 @@ var culvert, peers string
 func TestMain(m *testing.M) { os.Exit(run(m)) }
 
 func run(m *testing.M) int {
+	if os.Getenv(relayEnv) != "" {
+		return relayAlone()
+	}
 	peers = os.Getenv("BENCH_PEERS")
 	if os.Geteuid() != 0 {
 		return m.Run() // every test skips
@@ -43,7 +46,7 @@ func run(m *testing.M) int {
 
 // suites is everything that is measured; brief: for a second or so each.
 func suites(brief bool) []*suite {
-	return []*suite{tunnels(brief), reversed(brief), servicePath(brief), scale(brief), operator(brief), agents(brief), failover(brief), apart(brief)}
+	return []*suite{tunnels(brief), reversed(brief), servicePath(brief), relays(brief), scale(brief), operator(brief), agents(brief), failover(brief), apart(brief)}
 }
 
 // rounds is how often "make bench" measures everything.
@@ -74,7 +77,7 @@ func TestBench(t *testing.T) {
 		t.Run(s.name, func(t *testing.T) { s.run(t, r) })
 	}
 	if len(results) == 0 {
-		t.Fatalf("no suite named %q: tunnels, reverse, services, scale, operator, agents, failover, ipsec", os.Getenv("ONLY"))
+		t.Fatalf("no suite named %q: tunnels, reverse, services, relay, scale, operator, agents, failover, ipsec", os.Getenv("ONLY"))
 	}
 	report(t, m, results)
 }

@@ -32,7 +32,7 @@ var goals = []goal{
 	{"1,000 devices speak at once after a restart: 99 % have traffic", "scale", "1000 devices", "all speak after a restart", "", 10, false, "s"},
 	{"first byte with 10,000 services, of that with 10", "services", "Translate, 10,000 services", "first byte", "Translate, 10 services", 1.1, false, "×"},
 	{"one endpoint of 10,000 services changes", "services", "Translate, 10,000 services", "an endpoint changes", "", 50, false, "ms"},
-	{"transparent proxy: one stream, of HAProxy's", "services", "Proxy, 10 services", "one stream", "HAProxy, TCP, 10 services", 1, true, "×"},
+	{"transparent proxy: one stream, of HAProxy's", "relay", "Culvert", "one stream", "HAProxy, splice on", 1, true, "×"},
 	{"gateway killed: first packet", "failover", "gateway, WireGuard", "worst", "", 5000, false, "ms"},
 	{"strongSwan killed: first packet", "failover", "strongSwan under a gateway", "worst", "", 10000, false, "ms"},
 	{"reversed tunnel: 100 connections at once, p99", "reverse", "Culvert", "100 at once, p99", "", 50, false, "ms"},
