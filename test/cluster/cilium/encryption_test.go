@@ -6,6 +6,9 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -133,7 +136,8 @@ func encryption(scope, enforcement string) string {
 	return "apiVersion: culvert.dev/v1alpha1\nkind: NodeEncryption\nmetadata: {name: cluster}\nspec: {scope: " + scope + ", enforcement: " + enforcement + "}\n"
 }
 
-// encrypted: with Strict, in both scopes, all works as before and nothing is in the clear.
+// encrypted: with Strict, in both scopes, all works as before and nothing is in the clear; and all works when it is
+// turned off again.
 func (w *world) encrypted(t *testing.T) {
 	flows := append(w.flows(), w.between(t)...)
 	ears := w.listen(t)
@@ -147,19 +151,109 @@ func (w *world) encrypted(t *testing.T) {
 			t.Fatalf("with encryption off %d packets with pods inside were heard in the clear at %s: the test proves nothing", len(heard[n.Name]), n.Name)
 		}
 	}
+	direct := w.Kubectl("-n", "kube-system", "get", "configmap", "cilium-config", "-o", "jsonpath={.data.auto-direct-node-routes}") == "true"
 	defer func() {
 		w.Kubectl("delete", "nodeencryption", "cluster", "--ignore-not-found")
+		if direct {
+			w.outlived(t)
+		}
 		works(t, 90*time.Second, flows)
 	}()
 	for _, scope := range []string{"All", "Pods"} {
 		w.strict(t, scope)
 		works(t, 90*time.Second, flows) // what Cilium and the kernel remembered is gone
 		ears.take(scope)
+		if scope == "All" && direct {
+			w.ciliumStarts(t)
+		}
 		works(t, 90*time.Second, flows)
 		for node, lines := range ears.take(scope) {
 			t.Errorf("scope %s: %d packets in the clear at %s: %s", scope, len(lines), node, strings.Join(lines[:min(len(lines), 6)], "; "))
 		}
 	}
+}
+
+// ciliumStarts: an agent of Cilium's that starts while all is encrypted takes the encrypted link for the way to the
+// other node, and puts its routes to the pods there onto it. They do not stay there.
+func (w *world) ciliumStarts(t *testing.T) {
+	t.Helper()
+	start := time.Now()
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	defer cancel()
+	var seen []string
+	for _, n := range w.Nodes {
+		file, err := os.Create(filepath.Join(t.TempDir(), n.Name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer file.Close()
+		monitor := n.Command(ctx, "ip", "monitor", "route")
+		monitor.Stdout = file
+		if err := n.Start(monitor); err != nil {
+			t.Fatal(err)
+		}
+		defer func() { cancel(); _ = monitor.Wait() }()
+		seen = append(seen, file.Name())
+	}
+	errs := make([]error, len(w.Nodes))
+	var group sync.WaitGroup
+	for i, n := range w.Nodes {
+		group.Go(func() { errs[i] = n.RestartCilium(ctx) })
+	}
+	group.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatal(err)
+	}
+	for i, n := range w.Nodes {
+		for _, c := range w.Nodes[1-i].PodCIDRs() {
+			put := regexp.MustCompile(`(?m)^` + regexp.QuoteMeta(c.String()) + ` via .* dev cvtnode0 `)
+			labtest.Eventually(t, 30*time.Second, fmt.Sprintf("Cilium puts its route to %s onto the encrypted link of %s", c, n.Name), func() error {
+				b, err := os.ReadFile(seen[i])
+				if err == nil && !put.Match(b) {
+					err = fmt.Errorf("the test proves nothing so far: %s", b)
+				}
+				return err
+			})
+		}
+		labtest.Eventually(t, 10*time.Second, "Cilium's routes lead over the network itself", func() error { return w.directRoutes(i) })
+	}
+	t.Logf("Cilium's agents have started anew, and their routes moved, within %s", time.Since(start).Round(100*time.Millisecond))
+}
+
+// outlived: Cilium's routes to other nodes' pods are there when the encrypted link has gone, without Cilium having
+// looked.
+func (w *world) outlived(t *testing.T) {
+	t.Helper()
+	for i, n := range w.Nodes {
+		labtest.Eventually(t, 20*time.Second, "the encrypted link of "+n.Name+" has gone", func() error {
+			if out, err := n.Output(context.Background(), "ip", "link", "show", "cvtnode0"); err == nil {
+				return errors.New(out)
+			}
+			return nil
+		})
+		if err := w.directRoutes(i); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// directRoutes tells whether Cilium's routes of a node to the other one's pods lead over the network itself.
+func (w *world) directRoutes(node int) error {
+	n, o := w.Nodes[node], w.Nodes[1-node]
+	for i, c := range o.PodCIDRs() {
+		family := "-4"
+		if c.Addr().Is6() {
+			family = "-6"
+		}
+		out, err := n.Output(context.Background(), "ip", family, "route", "show", c.String())
+		if err != nil {
+			return err
+		}
+		if want := fmt.Sprintf("%s via %s dev eth0 ", c, o.IPs()[i]); !strings.HasPrefix(out, want) || strings.Contains(out, "cvtnode0") {
+			return fmt.Errorf("the route of %s to %s is %q", n.Name, c, out)
+		}
+	}
+	return nil
 }
 
 // encryptionRefused: where it cannot be had, a condition and the doctor say so, nothing is dropped and all
