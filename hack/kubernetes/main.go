@@ -1,6 +1,6 @@
-// Kubernetes is every program of a Kubernetes cluster in one binary, for the cluster of
+// Kubernetes is every server of a Kubernetes cluster in one binary, for the cluster of
 // test/cluster: which one it is follows from the name that it is called by (a symbolic
-// link), or from the first argument.
+// link), or from the first argument. The directory kubectl has the client.
 //
 // A module of its own, so that Kubernetes' dependencies do not bind Culvert's.
 package main
@@ -15,14 +15,10 @@ import (
 
 	"github.com/spf13/cobra"
 	"go.etcd.io/etcd/server/v3/etcdmain"
-	_ "k8s.io/client-go/plugin/pkg/client/auth" // kubectl's ways to log in
 	"k8s.io/component-base/cli"
-	"k8s.io/component-base/logs"
 	_ "k8s.io/component-base/logs/json/register"          // --logging-format=json
 	_ "k8s.io/component-base/metrics/prometheus/clientgo" // metrics of the client library
 	_ "k8s.io/component-base/metrics/prometheus/version"  // metric of the version
-	kubectl "k8s.io/kubectl/pkg/cmd"
-	"k8s.io/kubectl/pkg/cmd/util"
 	apiserver "k8s.io/kubernetes/cmd/kube-apiserver/app"
 	controllers "k8s.io/kubernetes/cmd/kube-controller-manager/app"
 	proxy "k8s.io/kubernetes/cmd/kube-proxy/app"
@@ -47,23 +43,14 @@ func main() {
 	switch {
 	case name == "etcd":
 		etcdmain.Main(os.Args)
-	case name == "kubectl":
-		runKubectl()
 	case components[name] != nil:
 		os.Exit(cli.Run(components[name]()))
 	default:
-		fmt.Fprintf(os.Stderr, "%s is none of etcd, kubectl, kube-apiserver, kube-controller-manager, kube-scheduler, kube-proxy, kubelet\n", name)
+		fmt.Fprintf(os.Stderr, "%s is none of etcd, kube-apiserver, kube-controller-manager, kube-scheduler, kube-proxy, kubelet\n", name)
 		os.Exit(2)
 	}
 }
 
 func known(name string) bool {
-	return name == "etcd" || name == "kubectl" || components[name] != nil
-}
-
-func runKubectl() {
-	_, _ = logs.GlogSetter(kubectl.GetLogVerbosity(os.Args)) // an unreadable -v is reported by the flag itself
-	if err := cli.RunNoErrOutput(kubectl.NewDefaultKubectlCommand()); err != nil {
-		util.CheckErr(err)
-	}
+	return name == "etcd" || components[name] != nil
 }
