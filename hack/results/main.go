@@ -1,6 +1,7 @@
 // Results reads the output of "go test -json" on standard input and prints go test's own
 // result lines: for each package, each test and its direct subtests; everything that a
-// failed test said; the reason of a skipped one; and the sums. It exits with 1 when a
+// failed test said; the reason of a skipped one; and the sums. Of packages that run at the same
+// time one is printed as it goes, and the others follow, each as a whole. It exits with 1 when a
 // test failed, a package did not build, or nothing ran. With -passed DIRECTORY it makes an empty
 // file there for each package that passed, named after it with _ for /.
 package main
@@ -46,10 +47,19 @@ type event struct {
 
 type results struct {
 	w                       io.Writer
+	turns                   []*turn
 	pending                 map[string]*strings.Builder // what a running test has said, by package and test
 	passed, failed, skipped int
 	broken                  bool
 	whole                   []string // packages that passed
+}
+
+// turn is a package's to be printed. The first one's is now; what the others say is kept until
+// then.
+type turn struct {
+	name  string
+	kept  strings.Builder
+	ended bool
 }
 
 func newResults(w io.Writer) *results {
@@ -69,6 +79,10 @@ func (s *results) report(r io.Reader) (failed bool, err error) {
 		}
 		s.take(e)
 	}
+	for _, t := range s.turns { // go test was ended itself
+		t.ended = true
+	}
+	s.advance()
 	if err := lines.Err(); err != nil {
 		return true, fmt.Errorf("read: %w", err)
 	}
@@ -79,10 +93,12 @@ func (s *results) report(r io.Reader) (failed bool, err error) {
 func (s *results) take(e event) {
 	key := e.Package + "\x00" + e.Test
 	switch e.Action {
+	case "start":
+		s.turn(e.Package)
 	case "output":
 		s.output(key, e)
 	case "build-output":
-		s.print(e.Output)
+		s.print("", e.Output)
 	case "build-fail":
 		s.broken = true
 	case "pass", "fail", "skip":
@@ -96,6 +112,33 @@ func (s *results) take(e event) {
 		case e.Action == "pass":
 			s.whole = append(s.whole, e.Package)
 		}
+		if e.Test == "" {
+			s.turn(e.Package).ended = true
+			s.advance()
+		}
+	}
+}
+
+// turn is a package's, which begins to wait for it when it was not known.
+func (s *results) turn(name string) *turn {
+	for _, t := range s.turns {
+		if t.name == name {
+			return t
+		}
+	}
+	t := &turn{name: name}
+	s.turns = append(s.turns, t)
+	return t
+}
+
+// advance goes on to the first package that has not ended, and prints what those before it, and it
+// itself so far, had to say.
+func (s *results) advance() {
+	for len(s.turns) > 0 && s.turns[0].ended {
+		s.turns = s.turns[1:]
+		if len(s.turns) > 0 {
+			_, _ = io.WriteString(s.w, s.turns[0].kept.String())
+		}
 	}
 }
 
@@ -103,7 +146,7 @@ func (s *results) output(key string, e event) {
 	if e.Test == "" {
 		// "PASS" and "FAIL" alone say nothing that the line with the package does not.
 		if e.Output != "PASS\n" && e.Output != "FAIL\n" && !strings.Contains(e.Output, "[no test files]") {
-			s.print(e.Output)
+			s.print(e.Package, e.Output)
 		}
 		return
 	}
@@ -126,14 +169,14 @@ func (s *results) end(key string, e event) {
 	switch e.Action {
 	case "fail":
 		s.failed++
-		s.print(said)
+		s.print(e.Package, said)
 	case "skip":
 		s.skipped++
-		s.print(said)
+		s.print(e.Package, said)
 	default:
 		s.passed++
 		if strings.Count(e.Test, "/") <= 1 {
-			s.print(resultLine(said))
+			s.print(e.Package, resultLine(said))
 		}
 	}
 }
@@ -157,6 +200,14 @@ func note(directory string, packages []string) error {
 	return errors.Join(errs...)
 }
 
-func (s *results) print(text string) {
+// print prints what a package says when it is its turn, and keeps it otherwise. Without a package
+// it prints at once.
+func (s *results) print(name, text string) {
+	if name != "" {
+		if t := s.turn(name); t != s.turns[0] {
+			t.kept.WriteString(text)
+			return
+		}
+	}
 	_, _ = io.WriteString(s.w, text)
 }

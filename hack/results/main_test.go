@@ -69,3 +69,34 @@ func TestReport(t *testing.T) {
 		})
 	}
 }
+
+// Packages that run at the same time do not mix.
+func TestReportOfTwoAtATime(t *testing.T) {
+	line := func(action, name, test string) string {
+		if test != "" {
+			test = `,"Test":"Test` + test + `"`
+		}
+		return `{"Action":"` + action + `","Package":"` + name + `"` + test + "}\n"
+	}
+	passing := func(name, test string) string {
+		return `{"Action":"output","Package":"` + name + `","Test":"Test` + test + `","Output":"--- PASS: Test` + test + `\n"}` + "\n" + line("pass", name, test)
+	}
+	ok := func(name string) string {
+		return `{"Action":"output","Package":"` + name + `","Output":"ok ` + name + `\n"}` + "\n" + line("pass", name, "")
+	}
+	both := line("start", "a", "") + line("start", "b", "") + passing("b", "B1") + passing("a", "A1")
+	tests := []struct{ name, in, want string }{
+		{"the second ends first", both + ok("b") + line("start", "c", "") + passing("c", "C1") + passing("a", "A2") + ok("a") + passing("c", "C2") + ok("c"),
+			"--- PASS: TestA1\n--- PASS: TestA2\nok a\n--- PASS: TestB1\nok b\n--- PASS: TestC1\n--- PASS: TestC2\nok c\n5 passed, 0 failed, 0 skipped\n"},
+		{"the first ends first", both + ok("a") + passing("b", "B2") + ok("b"), "--- PASS: TestA1\nok a\n--- PASS: TestB1\n--- PASS: TestB2\nok b\n3 passed, 0 failed, 0 skipped\n"},
+		{"go test is killed", both, "--- PASS: TestA1\n--- PASS: TestB1\n2 passed, 0 failed, 0 skipped\n"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var out strings.Builder
+			if _, err := newResults(&out).report(strings.NewReader(tt.in)); err != nil || out.String() != tt.want {
+				t.Errorf("error %v, printed\n%s\nwant\n%s", err, out.String(), tt.want)
+			}
+		})
+	}
+}
