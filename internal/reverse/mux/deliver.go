@@ -57,13 +57,14 @@ func writeChunks(w io.Writer, list []*chunk) (total int64, err error) {
 		w = h.UnixConn
 	}
 	switch w := w.(type) {
+	case *target:
+		if len(list) > 1 {
+			return w.writeAll(buffers(list))
+		}
 	case *net.TCPConn, *net.UnixConn:
 		if len(list) > 1 {
-			buffers := make(net.Buffers, len(list))
-			for i, c := range list {
-				buffers[i] = c.bytes()
-			}
-			return buffers.WriteTo(w)
+			b := buffers(list)
+			return b.WriteTo(w)
 		}
 	case net.Conn:
 		if k := corkOf(w); k != nil && len(list) > 1 {
@@ -83,6 +84,15 @@ func writeChunks(w io.Writer, list []*chunk) (total int64, err error) {
 		}
 	}
 	return total, nil
+}
+
+// buffers are the bytes of chunks.
+func buffers(list []*chunk) net.Buffers {
+	b := make(net.Buffers, len(list))
+	for i, c := range list {
+		b[i] = c.bytes()
+	}
+	return b
 }
 
 func freeAll(list []*chunk) {

@@ -3,6 +3,7 @@ package mux
 import (
 	"crypto/tls"
 	"errors"
+	"io"
 	"math"
 	"sync/atomic"
 	"testing"
@@ -87,4 +88,32 @@ func TestPartOfARecordIsASignOfLife(t *testing.T) {
 		t.Fatal(err)
 	}
 	waitFor(t, func() bool { return s.Heard().Equal(start.Add(time.Minute)) })
+}
+
+func TestSilenceEndsASession(t *testing.T) {
+	a, b := tcpPair(t)
+	s := New(a, Config{Dialer: true, Keepalive: 500 * time.Millisecond, DeadAfter: 2 * time.Second})
+	defer s.Close()
+	go func() { _, _ = io.Copy(io.Discard, b) }() // alive as a host, but silent
+	began := time.Now()
+	<-s.Done()
+	if took := time.Since(began); !errors.Is(s.Err(), ErrSilent) || took > 3*time.Second {
+		t.Errorf("%v after %s", s.Err(), took)
+	}
+}
+
+func TestKeepaliveKeepsAlive(t *testing.T) {
+	a, b := tcpPair(t)
+	x := New(a, Config{Dialer: true, Keepalive: 500 * time.Millisecond, DeadAfter: 3 * time.Second})
+	y := New(b, Config{})
+	defer x.Close()
+	defer y.Close()
+	select {
+	case <-x.Done():
+		t.Errorf("ended: %v", x.Err())
+	case <-time.After(4 * time.Second):
+	}
+	if x.RTT() <= 0 {
+		t.Error("no round-trip time was measured")
+	}
 }

@@ -27,6 +27,7 @@ func Relay(a, b Conn) (there, back int64, err error) { return RelayAfter(func() 
 
 // RelayAfter is Relay that sends a nothing before ready has returned.
 func RelayAfter(ready func(), a, b Conn) (there, back int64, err error) {
+	a, b = watch(a), watch(b)
 	var mu sync.Mutex
 	note := func(cause error) {
 		mu.Lock()
@@ -128,6 +129,8 @@ func Cut(c Conn) {
 	case *net.TCPConn:
 		_ = c.SetLinger(0)
 		_ = c.Close()
+	case *target:
+		Cut(c.TCPConn)
 	case *tls.Conn:
 		// Without close_notify, and with a reset: many take an end of the connection between two
 		// records for an end of the stream (RFC 8446, section 6.1, but crypto/tls does, too).
@@ -150,6 +153,13 @@ func transfer(dst, src Conn) (int64, error) {
 	}
 	if h, ok := src.(*Held); ok {
 		return pumpRaw(dst, h.raw, h.receive)
+	}
+	if t, ok := src.(*target); ok {
+		n, err := pumpRaw(dst, t.raw, syscall.Read)
+		if err == nil {
+			err = t.ended()
+		}
+		return n, err
 	}
 	if sc, ok := src.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
