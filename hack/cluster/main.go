@@ -19,6 +19,7 @@ const usage = `usage: cluster up [-name NAME] [-nodes N] [-two-subnets] [-mtu BY
                   [-cni Bridge|Cilium|None] [-cilium VALUE=…]…
        cluster down [-name NAME | -all]
        cluster load [-name NAME] IMAGE.tar…
+       cluster images DIRECTORY IMAGE.tar…  # for clusters that start with CULVERT_IMAGES=DIRECTORY
        cluster cilium [-name NAME] VALUE=…  # new values for the chart of a cluster with -cni Cilium
        cluster list`
 
@@ -80,6 +81,11 @@ func run(ctx context.Context, args []string) error {
 			}
 		}
 		return nil
+	case "images":
+		if flags.NArg() == 0 {
+			return errors.New(usage)
+		}
+		return cluster.Prepare(ctx, flags.Arg(0), flags.Args()[1:]...)
 	case "cilium":
 		c, err := cluster.Attach(ctx, o.Name)
 		if err != nil {

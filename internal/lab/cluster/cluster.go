@@ -119,6 +119,7 @@ type Cluster struct {
 	plan     plan
 	programs string // directory with the programs that hack/kubernetes.sh builds
 	cilium   string // directory with those that hack/cilium.sh builds; empty without Cilium
+	prepared bool   // the nodes had their images when they started
 	port     int    // of 127.0.0.1, forwarded to kube-apiserver
 	started  time.Time
 	running  map[string]running // by "machine/program"
@@ -166,7 +167,7 @@ func Start(ctx context.Context, options Options) (_ *Cluster, err error) {
 	}
 	c := &Cluster{
 		Name: options.Name, options: options, plan: newPlan(options),
-		started: time.Now(), running: map[string]running{},
+		started: time.Now(), running: map[string]running{}, prepared: prepared() != "",
 	}
 	if c.programs, err = Programs(ctx, options.Out); err != nil {
 		return nil, err

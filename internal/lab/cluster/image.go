@@ -12,6 +12,7 @@ import (
 	"io"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"runtime"
 	"strings"
 	"sync"
@@ -115,9 +116,12 @@ func (i Image) layer() ([]byte, error) {
 	return b.Bytes(), errors.Join(errs...)
 }
 
-// Load puts an image into every node's containerd. The file is an archive of an image
-// with its name in it, of docker's or of the OCI's kind, not compressed.
+// Load puts an image into every node's containerd, unless it was prepared (see Prepare). The file is
+// an archive of an image with its name in it, of docker's or of the OCI's kind, not compressed.
 func (c *Cluster) Load(ctx context.Context, archive string) error {
+	if there, err := c.isPrepared(archive); there || err != nil {
+		return err
+	}
 	errs := make([]error, len(c.Nodes))
 	var wg sync.WaitGroup
 	for i, n := range c.Nodes {
@@ -148,10 +152,19 @@ func (c *Cluster) LoadImage(ctx context.Context, i Image) error {
 		return err
 	}
 	defer removeIfThere(f.Name()) //nolint:errcheck // goes with the directory
-	if err := errors.Join(i.Write(f), f.Close()); err != nil {
+	if err := errors.Join(f.Close(), i.writeTo(f.Name())); err != nil {
 		return err
 	}
 	return c.Load(ctx, f.Name())
+}
+
+// writeTo writes the image to a file.
+func (i Image) writeTo(path string) error {
+	f, err := os.Create(path)
+	if err != nil {
+		return err
+	}
+	return errors.Join(i.Write(f), f.Close())
 }
 
 // TestServer is the program of TestImage as a file of this machine, to run outside the
@@ -159,13 +172,27 @@ func (c *Cluster) LoadImage(ctx context.Context, i Image) error {
 func (c *Cluster) TestServer() string { return c.path("server") }
 
 func (c *Cluster) loadOwnImages(ctx context.Context) error {
-	server := c.TestServer()
-	if err := c.build(ctx, "internal/lab/cluster/server", server); err != nil {
+	if c.prepared {
+		return run("cp", "-a", filepath.Join(prepared(), preparedServer), c.TestServer())
+	}
+	if err := build(ctx, "internal/lab/cluster/server", c.TestServer(), mark(c.Name)); err != nil {
 		return err
 	}
-	busybox, err := exec.LookPath("busybox")
+	images, err := ownImages(c.TestServer(), c.Program("coredns"))
 	if err != nil {
 		return err
+	}
+	for _, i := range images {
+		err = errors.Join(err, c.LoadImage(ctx, i))
+	}
+	return err
+}
+
+// ownImages are those that every node has, given their programs.
+func ownImages(server, coredns string) ([]Image, error) {
+	busybox, err := exec.LookPath("busybox")
+	if err != nil {
+		return nil, err
 	}
 	files := []File{{Path: "server", From: server}, {Path: "bin/busybox", From: busybox}}
 	for _, applet := range []string{
@@ -174,9 +201,9 @@ func (c *Cluster) loadOwnImages(ctx context.Context) error {
 	} {
 		files = append(files, File{Path: "bin/" + applet, Link: "busybox"})
 	}
-	return errors.Join(
-		c.LoadImage(ctx, Image{Reference: PauseImage, Files: files[:1], Entrypoint: []string{"/server", "pause"}}),
-		c.LoadImage(ctx, Image{Reference: TestImage, Files: files, Entrypoint: []string{"/server"}}),
-		c.LoadImage(ctx, Image{Reference: dnsImage, Files: []File{{Path: "coredns", From: c.Program("coredns")}}, Entrypoint: []string{"/coredns"}}),
-	)
+	return []Image{
+		{Reference: PauseImage, Files: files[:1], Entrypoint: []string{"/server", "pause"}},
+		{Reference: TestImage, Files: files, Entrypoint: []string{"/server"}},
+		{Reference: dnsImage, Files: []File{{Path: "coredns", From: coredns}}, Entrypoint: []string{"/coredns"}},
+	}, nil
 }

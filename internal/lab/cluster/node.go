@@ -36,7 +36,7 @@ func (n *Node) up(ctx context.Context) error {
 	if err := n.boot(ctx); err != nil {
 		return err
 	}
-	if err := n.configure(); err != nil {
+	if err := errors.Join(n.configure(), n.takePrepared()); err != nil {
 		return err
 	}
 	if err := c.StartProgram(n.Name, "containerd"); err != nil {

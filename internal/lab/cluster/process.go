@@ -127,6 +127,10 @@ func members(group int, command string) []int {
 	return pids
 }
 
+// fewCollections lets the programs of a cluster take more memory, which there is, rather than processor
+// time, which there is not: they are written in Go.
+const fewCollections = "GOGC=400"
+
 // spawn starts a command in a session of its own and returns its process group; it
 // outlives this process. Without a host it runs in this process's network namespace.
 func (c *Cluster) spawn(h *lab.Host, program string, command []string) (int, error) {
@@ -142,7 +146,7 @@ func (c *Cluster) spawn(h *lab.Host, program string, command []string) (int, err
 	defer log.Close()
 	cmd := exec.Command(command[0], command[1:]...) //nolint:noctx // outlives the caller
 	cmd.Dir, cmd.Stdout, cmd.Stderr = "/", log, log
-	cmd.Env = append(os.Environ(), "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", mark(c.Name))
+	cmd.Env = append(os.Environ(), "PATH=/usr/sbin:/usr/bin:/sbin:/bin", "HOME=/root", fewCollections, mark(c.Name))
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	if err := start(cmd); err != nil {
 		return 0, errors.Join(fmt.Errorf("start %s on %s", program, machine), err)

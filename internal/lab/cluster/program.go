@@ -63,15 +63,15 @@ func moduleRoot() (string, error) {
 	}
 }
 
-// build compiles one of Culvert's own main packages to a static program.
-func (c *Cluster) build(ctx context.Context, pkg, output string) error {
+// build compiles one of Culvert's own main packages to a static program; more is for its environment.
+func build(ctx context.Context, pkg, output string, more ...string) error {
 	root, err := moduleRoot()
 	if err != nil {
 		return err
 	}
 	cmd := exec.CommandContext(ctx, "go", "build", "-trimpath", "-ldflags", "-s -w", "-o", output, "./"+pkg)
 	cmd.Dir = root
-	cmd.Env = append(os.Environ(), "CGO_ENABLED=0", mark(c.Name))
+	cmd.Env = append(append(os.Environ(), "CGO_ENABLED=0"), more...)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		return fmt.Errorf("build %s: %w: %s", pkg, err, strings.TrimSpace(string(out)))
 	}

@@ -72,6 +72,11 @@ func Start(t testing.TB, o cluster.Options) *Cluster {
 // with it.
 func (c *Cluster) In(t testing.TB) *Cluster { return &Cluster{Cluster: c.Cluster, t: t} }
 
+// Last is In for a subtest after which nobody uses the cluster: what is made for it goes with that.
+func (c *Cluster) Last(t testing.TB) *Cluster {
+	return &Cluster{Cluster: c.Cluster, t: t, ends: c.ends}
+}
+
 // lines logs what is written, line by line.
 type lines struct {
 	t    testing.TB

@@ -18,7 +18,7 @@ const System = "culvert-system"
 // Release is the name of the Helm release that Install makes.
 const Release = "culvert"
 
-// helmTimeout is for helm with its hooks, and for building it the first time.
+// helmTimeout is for helm with its hooks.
 const helmTimeout = 10 * time.Minute
 
 // root is this module's directory.
@@ -126,29 +126,38 @@ func (c *Cluster) Helm(args ...string) string {
 	return out
 }
 
+// helm is the path of the program, which is built if need be.
+var helm = sync.OnceValues(func() (path string, err error) {
+	dir, err := root()
+	if err != nil {
+		return "", err
+	}
+	var errs bytes.Buffer
+	find := exec.Command(filepath.Join(dir, "hack/helm.sh")) //nolint:noctx // as long as it takes
+	find.Stderr = &errs
+	out, err := find.Output()
+	if err != nil {
+		return "", fmt.Errorf("hack/helm.sh: %w: %s", err, &errs)
+	}
+	return strings.TrimSpace(string(out)), nil
+})
+
 // TryHelm is Helm for what may fail.
 func (c *Cluster) TryHelm(args ...string) (string, error) {
-	dir, err := root()
+	path, err := helm()
 	if err != nil {
 		return "", err
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), helmTimeout)
 	defer cancel()
-	var errs bytes.Buffer
-	find := exec.CommandContext(ctx, filepath.Join(dir, "hack/helm.sh"))
-	find.Stderr = &errs
-	path, err := find.Output()
-	if err != nil {
-		return "", fmt.Errorf("hack/helm.sh: %w: %s", err, &errs)
-	}
 	home, err := os.MkdirTemp("", "helm-*") // not the test's: it may be ending
 	if err != nil {
 		return "", err
 	}
 	defer func() { _ = os.RemoveAll(home) }()
-	helm := exec.CommandContext(ctx, strings.TrimSpace(string(path)), args...)
-	helm.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig(), "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home)
-	out, err := helm.CombinedOutput()
+	cmd := exec.CommandContext(ctx, path, args...)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.Kubeconfig(), "HELM_CACHE_HOME="+home, "HELM_CONFIG_HOME="+home, "HELM_DATA_HOME="+home)
+	out, err := cmd.CombinedOutput()
 	if err != nil {
 		return string(out), fmt.Errorf("helm %s: %w: %s", strings.Join(args, " "), err, out)
 	}
