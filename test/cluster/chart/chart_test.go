@@ -47,7 +47,8 @@ metadata: {name: phone, namespace: team}
 spec: {gatewayRef: {name: own}}
 `
 
-// TestRelease is the life of a release: each step works on what the one before left.
+// TestRelease is the life of a release: each step works on what the one before left. In the cluster that
+// it leaves as it was, the values files of examples/ are installed.
 func TestRelease(t *testing.T) {
 	c := clustertest.Start(t, cluster.Options{})
 	file := write(t, values)
@@ -76,6 +77,9 @@ func TestRelease(t *testing.T) {
 		}
 	})
 	t.Run("nothing hangs without an operator", func(t *testing.T) { testDeletion(t, c, before) })
+	if !t.Failed() { // they begin with nothing
+		testExamples(t, c)
+	}
 }
 
 func write(t *testing.T, text string) string {

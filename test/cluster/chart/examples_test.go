@@ -71,10 +71,9 @@ type example struct {
 	web  string            // the servers' service
 }
 
-// TestExamples installs each values file of examples/ as it is: everything that it makes
+// testExamples installs each values file of examples/ as it is: everything that it makes
 // becomes Ready, and the traffic flows that its head promises.
-func TestExamples(t *testing.T) {
-	c := clustertest.Start(t, cluster.Options{})
+func testExamples(t *testing.T, c *clustertest.Cluster) {
 	traffic := map[string]func(*example){
 		"both-ways.yaml": (*example).bothWays, "nat-and-proxy.yaml": (*example).natAndProxy, "devices-nodeport.yaml": (*example).devices,
 	}
@@ -84,9 +83,12 @@ func TestExamples(t *testing.T) {
 	}
 	pods, web := servers(c)
 	officeName(c)
-	for _, file := range files {
+	for i, file := range files {
 		t.Run(filepath.Base(file), func(t *testing.T) {
 			x := &example{Cluster: c.In(t), t: t, pods: pods, web: web}
+			if i == len(files)-1 {
+				x.Cluster = c.Last(t)
+			}
 			x.install(file)
 			traffic[filepath.Base(file)](x)
 		})
@@ -138,10 +140,7 @@ func officeName(c *clustertest.Cluster) {
 // install does what the file's head says, and waits until all that it makes is Ready.
 func (x *example) install(file string) {
 	t := x.t
-	t.Cleanup(func() {
-		_, _ = x.TryKubectl("delete", "namespace", clustertest.System, "--ignore-not-found")
-	})
-	x.Apply("apiVersion: v1\nkind: Namespace\nmetadata: {name: " + clustertest.System + "}\n")
+	x.Namespace(clustertest.System)
 	made := x.Helm("template", clustertest.Release, x.Chart(), "--values", file, "--show-only", "templates/objects.yaml")
 	var objects []string
 	for d := yaml.NewYAMLOrJSONDecoder(strings.NewReader(made), 4096); ; {

@@ -31,7 +31,7 @@ func ciliumCRDs(t *testing.T) string {
 // again what was uninstalled.
 func (w *world) ciliumEndpoint(t *testing.T) {
 	crds := ciliumCRDs(t)
-	w = &world{Cluster: w.In(t), t: t}
+	w = &world{Cluster: w.Last(t), t: t}
 	w.Kubectl("apply", "--server-side", "-f", filepath.Join(crds, "ciliumendpoints.yaml"))
 	const config = "nonMasqueradeCIDRs:\n- 10.0.0.0/8\nmasqLinkLocal: true\n"
 	w.Kubectl("create", "configmap", "ip-masq-agent", "-n", "kube-system", "--from-literal=config="+config, "--from-literal=other=kept")
