@@ -62,6 +62,15 @@ run() {
 	fi
 }
 
+# images makes, once for all packages, what clusters run, and what their nodes' containerd makes of it.
+images() {
+	hack/kubernetes.sh >/dev/null
+	hack/helm.sh >/dev/null
+	hack/image.sh
+	export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar CULVERT_IMAGES=$PWD/.cache/image/nodes
+	go run ./hack/cluster images "$CULVERT_IMAGES" "$CULVERT_IMAGE" || unset CULVERT_IMAGES # then each node loads them
+}
+
 module=$(go list -m)
 lab=$module/internal/lab/labtest
 status=0
@@ -111,15 +120,13 @@ kernel)
 	;;
 cluster)
 	hack/layer.sh "tests in real Kubernetes clusters of two nodes"
-	# Those that hold Culvert to times, make it work hard, or count what a cluster leaves, have the machine
-	# to themselves. The others mostly wait, so two run at a time, each with a cluster of its own.
+	# Two packages run at a time, each with a cluster of its own, and the longest first: go test takes them in
+	# this order, and what is not named comes last. Then, alone, what makes both processors work.
 	all=$(go list ./test/cluster/... | grep -v -x -F "$module/test/cluster/cilium")
-	alone="/(cluster|gateway|jobs|nodelink|operator|reverse)$"
-	hack/kubernetes.sh >/dev/null
-	hack/helm.sh >/dev/null
-	hack/image.sh
+	all=$({ for name in encryption gateway chart jobs reverse faults; do grep "/cluster/$name$" <<<"$all"; done; echo "$all"; } | awk '!seen[$0]++')
+	alone="/operator$"
+	images
 	hack/image.sh --check
-	export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar # not once more in each package
 	# shellcheck disable=SC2046 # one word per package
 	{
 		fresh cluster $(grep -v -E "$alone" <<<"$all")
@@ -132,11 +139,8 @@ cilium)
 	hack/layer.sh "tests in a real Kubernetes cluster with a real Cilium"
 	fresh cilium "$module/test/cluster/cilium"
 	if [[ -n $packages ]]; then
-		hack/kubernetes.sh >/dev/null
 		hack/cilium.sh >/dev/null
-		hack/helm.sh >/dev/null
-		hack/image.sh
-		export CULVERT_IMAGE=$PWD/.cache/image/culvert.tar
+		images
 		run -timeout 25m
 	fi
 	;;
