@@ -3,6 +3,7 @@ package cilium
 import (
 	"fmt"
 	"strconv"
+	"strings"
 )
 
 // Where Cilium's own chart keeps its configuration.
@@ -58,6 +59,17 @@ func (s Settings) RefusesEndpoints() string {
 		return "with native routing packets would leave the nodes with the addresses of sites, which fabrics drop: set Encapsulated, or Direct where the fabric lets them pass"
 	}
 	return ""
+}
+
+// SkipsRoutes says in one line why what pods say to sites and devices passes a node's routes by, and so never
+// gets to a gateway, and what to do; empty: it does not. It is so in Cilium 1.15 on nodes with one
+// uplink.
+func (s Settings) SkipsRoutes() string {
+	several := len(strings.Fields(s["devices"])) > 1
+	if !s.Native() || !s.On("kube-proxy-replacement") || !s.On("enable-bpf-masquerade") || s.On("enable-host-legacy-routing") || s.On("enable-endpoint-routes") || several {
+		return ""
+	}
+	return "with native routing Cilium's host routing in eBPF (bpf.masquerade) sends what pods say to sites and devices by a node's only uplink, whatever routes it has: set bpf.hostLegacyRouting=true, or endpointRoutes.enabled=true"
 }
 
 // RefusesChain says in one line why no plug-in of ours can stand behind Cilium's, and what to do;

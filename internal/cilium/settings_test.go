@@ -58,3 +58,27 @@ func TestRefusesChain(t *testing.T) {
 		}
 	}
 }
+
+func TestSkipsRoutes(t *testing.T) {
+	with := func(more ...string) Settings {
+		s := Settings{"routing-mode": "native", "kube-proxy-replacement": "true", "enable-bpf-masquerade": "true"}
+		for _, m := range more {
+			name, value, _ := strings.Cut(m, "=")
+			s[name] = value
+		}
+		return s
+	}
+	for _, s := range []Settings{with(), with("devices=eth0"), with("enable-host-legacy-routing=false")} {
+		if why := s.SkipsRoutes(); !strings.Contains(why, "bpf.hostLegacyRouting=true, or endpointRoutes.enabled=true") {
+			t.Errorf("%v: %q", s, why)
+		}
+	}
+	for _, s := range []Settings{
+		nil, with("routing-mode=tunnel"), with("kube-proxy-replacement=false"), with("enable-bpf-masquerade=false"),
+		with("enable-host-legacy-routing=true"), with("enable-endpoint-routes=true"), with("devices=eth0 eth1"),
+	} {
+		if why := s.SkipsRoutes(); why != "" {
+			t.Errorf("%v: %q", s, why)
+		}
+	}
+}

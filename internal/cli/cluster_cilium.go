@@ -14,6 +14,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/culvert-vpn/culvert/internal/cilium"
+	"github.com/culvert-vpn/culvert/internal/netstate"
 )
 
 // examineCilium says what Cilium's settings mean for gateways and for the encryption between
@@ -90,6 +91,22 @@ func (f *findings) encryption(config cilium.Settings, there bool) {
 	}
 }
 
+// triedOrOlder tells whether a version of Cilium is the one that was tried, an older one, or not known.
+func triedOrOlder(version string) bool {
+	var major, minor int
+	n, _ := fmt.Sscanf(version, "%d.%d", &major, &minor)
+	return n < 2 || major < 1 || major == 1 && minor <= 15
+}
+
+// hasDevice tells whether Cilium's list of devices, in which a trailing "+" stands for any rest of a
+// name, has a link; an empty list has none without an address.
+func hasDevice(devices, link string) bool {
+	return slices.ContainsFunc(strings.FieldsFunc(devices, func(r rune) bool { return r == ' ' || r == ',' }), func(d string) bool {
+		prefix, open := strings.CutSuffix(d, "+")
+		return d == link || open && strings.HasPrefix(link, prefix)
+	})
+}
+
 // judgeCilium says in a line each what works with a configuration of Cilium's, what does
 // not, and what to change. links are the gateways' node links; encrypts tells whether there is a
 // NodeEncryption.
@@ -116,12 +133,20 @@ func judgeCilium(config cilium.Settings, version string, links map[string]string
 		f.add(findingNote, "Cilium: ipam", "%s: pods are not in their nodes' spec.podCIDRs: gateways work, a NodeEncryption is refused", ipam)
 	}
 	f.encryption(config, encrypts)
-	masquerades := on("enable-bpf-masquerade") && config["devices"] == ""
+	masquerades := on("enable-bpf-masquerade") && hasDevice(config["devices"], netstate.NodeLinkName)
+	if on("enable-bpf-masquerade") && !masquerades {
+		f.add(findingOK, "Cilium: enable-bpf-masquerade", "true: Cilium masquerades at its devices, and cvtnodes, which has no address, is none of them")
+	}
 	for _, name := range slices.Sorted(maps.Keys(links)) {
 		if (links[name] == "" || links[name] == "Encapsulated") && masquerades {
-			f.add(findingFail, "VPNGateway "+name, "Cilium masquerades in eBPF (bpf.masquerade) at every link that it finds, and so at cvtnodes: what pods say to sites and devices has the node's address; set devices to the nodes' uplinks (devices=eth0)")
+			f.add(findingFail, "VPNGateway "+name, "devices=%s has Cilium masquerade in eBPF (bpf.masquerade) at cvtnodes: what pods say to sites and devices has the node's address; leave devices empty, or name the nodes' uplinks only (devices=eth0)", config["devices"])
 		}
 		if links[name] != "CiliumEndpoint" {
+			if why := config.SkipsRoutes(); why != "" && triedOrOlder(version) {
+				f.add(findingFail, "VPNGateway "+name, "%s", why)
+			} else if why != "" {
+				f.add(findingNote, "VPNGateway "+name, "was not tried with this Cilium; with 1.15 nothing gets there: %s", why)
+			}
 			continue
 		}
 		if why := config.RefusesEndpoints(); why != "" {

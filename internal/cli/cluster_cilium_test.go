@@ -35,10 +35,31 @@ func TestJudgeCilium(t *testing.T) {
 			encrypts: true, broken: true,
 			want: []string{"FAIL Cilium: NodeEncryption is refused", "or kubeProxyReplacement=false"},
 		},
-		"masquerades at each link": {
-			config: map[string]string{"kube-proxy-replacement": "true", "enable-bpf-masquerade": "true"}, broken: true,
+		"masquerades at the link of sites": {
+			config: map[string]string{"kube-proxy-replacement": "true", "enable-bpf-masquerade": "true", "devices": "eth0 cvt+"}, broken: true,
 			links: map[string]string{"vpn/hq": ""},
-			want:  []string{"FAIL VPNGateway vpn/hq Cilium masquerades in eBPF", "devices=eth0"},
+			want:  []string{"FAIL VPNGateway vpn/hq devices=eth0 cvt+ has Cilium masquerade", "devices=eth0)"},
+		},
+		"past the routes": {
+			config: map[string]string{"routing-mode": "native", "kube-proxy-replacement": "true", "enable-bpf-masquerade": "true"}, broken: true,
+			links: map[string]string{"vpn/hq": ""},
+			want:  []string{"FAIL VPNGateway vpn/hq with native routing", "set bpf.hostLegacyRouting=true"},
+		},
+		"past the routes, perhaps": {
+			version: "1.20.2",
+			config:  map[string]string{"routing-mode": "native", "kube-proxy-replacement": "true", "enable-bpf-masquerade": "true"},
+			links:   map[string]string{"vpn/hq": ""},
+			want:    []string{"note VPNGateway vpn/hq was not tried with this Cilium"},
+		},
+		"by the kernel's routes": {
+			config: map[string]string{"routing-mode": "native", "kube-proxy-replacement": "true", "enable-bpf-masquerade": "true", "enable-host-legacy-routing": "true"},
+			links:  map[string]string{"vpn/hq": ""},
+			want:   []string{"ok Cilium: enable-bpf-masquerade true"},
+		},
+		"masquerades at what it finds": {
+			config: map[string]string{"kube-proxy-replacement": "true", "enable-bpf-masquerade": "true"},
+			links:  map[string]string{"vpn/hq": ""},
+			want:   []string{"ok Cilium: enable-bpf-masquerade true"},
 		},
 		"masquerades at the uplink": {
 			config: map[string]string{"kube-proxy-replacement": "true", "enable-bpf-masquerade": "true", "devices": "eth0"},

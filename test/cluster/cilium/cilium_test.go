@@ -72,7 +72,11 @@ func TestCiliumInPlaceOfKubeProxy(t *testing.T) {
 	w.cell(t, cell{"replacement, native routing", and(replaced, native...)}, true)
 	if labtest.Goal(1, 0) == 1 { // each half of the cell was seen by itself
 		w.faults(t, "replacement, native routing")
-		w.cell(t, cell{"replacement, host routing in eBPF, tunnel", and(replaced, "bpf.masquerade=true", "devices=eth0")}, true)
+		masquerading := and(replaced, "bpf.masquerade=true")
+		w.cell(t, cell{"replacement, masquerading in eBPF, tunnel", masquerading}, true)
+		w.faults(t, "replacement, masquerading in eBPF, tunnel")
+		w.cell(t, cell{"replacement, masquerading in eBPF, native routing", and(masquerading, and(native, "bpf.hostLegacyRouting=true")...)}, true)
+		w.cell(t, cell{"endpoint routes, replacement, masquerading in eBPF, native routing", and(masquerading, and(native, endpointRoutes)...)}, true)
 	}
 }
 
