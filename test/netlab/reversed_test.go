@@ -3,6 +3,7 @@ package netlab
 import (
 	"fmt"
 	"net/netip"
+	"os"
 	"strings"
 	"testing"
 	"time"
@@ -89,6 +90,13 @@ func TestReversedByWireGuard(t *testing.T) {
 	a, b := n.remoteCluster(hosting, "shoot-a"), n.remoteCluster(hosting, "shoot-b")
 	if a.address != "192.168.128.2" || b.address != "192.168.128.3" {
 		t.Errorf("allocated %s and %s", a.address, b.address)
+	}
+	if os.Getenv("CULVERT_KERNEL") == "1" { // where the kernel has it, the kernel does it
+		for _, g := range []*gateway{hosting, a.gateway, b.gateway} {
+			if out := g.host.Run("ip", "-o", "link", "show", "type", "wireguard"); strings.Count(out, ": cvt") != 1 {
+				t.Fatalf("the links of type wireguard of %s: %q", g.host.Name, out)
+			}
+		}
 	}
 	for _, protocol := range []string{"tcp", "udp"} {
 		reaches(t, n.web1, protocol, at(a.address, 80), "shoot-a-pod 10.60.1.1", 10*time.Second)
