@@ -287,7 +287,7 @@ func testFaults(t *testing.T, c *clustertest.Cluster) {
 		t.Errorf("a stopped API server answers: %s", out)
 	}
 	must(c.StartProgram("control", "kube-apiserver"))
-	labtest.Eventually(t, time.Minute, "the API server is back", func() error {
+	labtest.Eventually(t, 2*time.Minute, "the API server is back", func() error {
 		_, err := c.TryKubectl("get", "--raw", "/readyz", "--request-timeout=1s")
 		return err
 	})

@@ -314,11 +314,17 @@ func agentProcess(t *testing.T, n *cluster.Node) int {
 	labtest.Eventually(t, 30*time.Second, "an agent runs on "+n.Name, func() error {
 		dirs, _ := filepath.Glob("/proc/[0-9]*")
 		for _, d := range dirs {
-			ns, err := os.Stat(d + "/ns/net")
 			line, _ := os.ReadFile(d + "/cmdline")
-			if err == nil && os.SameFile(ns, want) && strings.HasPrefix(string(line), "culvert\x00agent\x00") {
-				pid, err = strconv.Atoi(filepath.Base(d))
-				return err
+			if !strings.HasPrefix(string(line), "culvert\x00agent\x00") {
+				continue
+			}
+			// A thread that set something in a pod's namespace stays there when it is the first one.
+			threads, _ := filepath.Glob(d + "/task/*/ns/net")
+			for _, thread := range threads {
+				if ns, err := os.Stat(thread); err == nil && os.SameFile(ns, want) {
+					pid, err = strconv.Atoi(filepath.Base(d))
+					return err
+				}
 			}
 		}
 		return errors.New("there is none")

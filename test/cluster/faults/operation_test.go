@@ -38,7 +38,7 @@ func (s *scene) away() {
 	if err := s.StartProgram("control", "kube-apiserver"); err != nil {
 		s.t.Fatal(err)
 	}
-	s.eventually(60*time.Second, "the API server answers", func(context.Context) error {
+	s.eventually(2*time.Minute, "the API server answers", func(context.Context) error {
 		_, err := s.TryKubectl("get", "--raw", "/readyz")
 		return err
 	})

@@ -373,7 +373,7 @@ func (s *scene) serverAway() {
 	if err := s.StartProgram("control", "kube-apiserver"); err != nil {
 		t.Fatal(err)
 	}
-	labtest.Eventually(t, 60*time.Second, "the API server answers", func() error {
+	labtest.Eventually(t, 2*time.Minute, "the API server answers", func() error {
 		_, err := s.TryKubectl("get", "--raw", "/readyz")
 		return err
 	})

@@ -133,7 +133,7 @@ func (s *scene) bothWithoutServer() {
 	if err := s.StartProgram("control", "kube-apiserver"); err != nil {
 		s.t.Fatal(err)
 	}
-	labtest.Eventually(s.t, 60*time.Second, "the API server answers", func() error {
+	labtest.Eventually(s.t, 2*time.Minute, "the API server answers", func() error {
 		_, err := s.TryKubectl("get", "--raw", "/readyz")
 		return err
 	})
