@@ -45,13 +45,24 @@ func archiveAt(path string) (archive, error) {
 
 // Prepare makes a directory anew: with the images that every node has, and those of archives (see
 // Load), as a node's containerd keeps them.
-func Prepare(ctx context.Context, directory string, archives ...string) (err error) {
+func Prepare(ctx context.Context, directory string, archives ...string) error {
 	if err := Check(); err != nil {
 		return err
+	}
+	whole := filepath.Clean(directory) + ".new" // until it is
+	if err := os.RemoveAll(whole); err != nil {
+		return err
+	}
+	if err := prepare(ctx, whole, archives); err != nil {
+		return errors.Join(err, os.RemoveAll(whole))
 	}
 	if err := os.RemoveAll(directory); err != nil {
 		return err
 	}
+	return os.Rename(whole, directory)
+}
+
+func prepare(ctx context.Context, directory string, archives []string) (err error) {
 	scratch, err := os.MkdirTemp("", "images-*")
 	if err != nil {
 		return err
