@@ -155,7 +155,7 @@ func transfer(dst, src Conn) (int64, error) {
 		return pumpRaw(dst, h.raw, h.receive)
 	}
 	if t, ok := src.(*target); ok {
-		n, err := pumpRaw(dst, t.raw, syscall.Read)
+		n, err := pumpRaw(dst, t.raw, t.receive)
 		if err == nil {
 			err = t.ended()
 		}

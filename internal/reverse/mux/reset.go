@@ -7,12 +7,13 @@ import (
 	"syscall"
 )
 
-// target is a TCP connection that knows whether it was reset. The kernel tells of that once, to
+// target is a TCP connection that a relay joins. It knows whether it was reset. The kernel tells of that once, to
 // whoever asks first (Linux, sock_error): when that is a write, a read finds an end like any other,
 // and half of an answer would be taken for all of it.
 type target struct {
 	*net.TCPConn
-	raw syscall.RawConn
+	raw  syscall.RawConn
+	read int // bytes, up to bulkFrom
 
 	mu    sync.Mutex // held while something is written
 	reset bool
@@ -29,6 +30,17 @@ func watch(c Conn) Conn {
 		return c
 	}
 	return &target{TCPConn: t, raw: raw}
+}
+
+// receive reads what is there.
+func (t *target) receive(fd int, b []byte) (int, error) {
+	n, err := syscall.Read(fd, b)
+	if n > 0 && t.read < bulkFrom {
+		if t.read += n; t.read >= bulkFrom {
+			keepClose(fd)
+		}
+	}
+	return n, err
 }
 
 // Write implements net.Conn.

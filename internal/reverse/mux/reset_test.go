@@ -12,7 +12,7 @@ import (
 // A target that resets while it is written to: whichever direction the kernel tells of it, nobody
 // takes it for an end.
 func TestResetWhileWriting(t *testing.T) {
-	for range 50 {
+	for range 20 {
 		targets := make(chan *net.TCPConn, 1)
 		relayed := make(chan error, 1)
 		s, _ := pair(t, Config{}, func(st *Stream) {
