@@ -106,8 +106,8 @@ func (s *scene) reversed() {
 	s.Apply(text)
 	l := labtest.New(t)
 	shoots := []*shoot{s.shoot(l, "shoot-a", "198.18.7.11"), s.shoot(l, "shoot-b", "198.18.7.12")}
-	for i := range pools {
-		s.ready(fmt.Sprintf("vpngateway/hosting-%d", i+1), 60*time.Second)
+	for i := range pools { // a kubelet that has lost the API server twice in two minutes looks for pods a minute later
+		s.ready(fmt.Sprintf("vpngateway/hosting-%d", i+1), 3*time.Minute)
 	}
 	for _, x := range shoots {
 		s.join(x)
