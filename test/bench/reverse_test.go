@@ -217,7 +217,11 @@ func (r *reversal) download(n int, size int64) (float64, error) {
 				defer c.Close()
 				if err = ask(c, 'd', size); err == nil {
 					buf := make([]byte, 256<<10)
-					_, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, io.LimitReader(struct{ io.Reader }{c}, size), buf)
+					var got int64
+					got, err = io.CopyBuffer(struct{ io.Writer }{io.Discard}, io.LimitReader(struct{ io.Reader }{c}, size), buf)
+					if err == nil && got != size {
+						err = fmt.Errorf("%d bytes of %d came: %w", got, size, io.ErrUnexpectedEOF)
+					}
 				}
 			}
 			errs[i] = err

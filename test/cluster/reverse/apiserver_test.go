@@ -217,6 +217,7 @@ func (p *plant) copy(t *testing.T) {
 		out, err := p.kubectl(ctx, args...).CombinedOutput()
 		for range 2 { // Kubernetes' own, on a machine that is too busy: docs/reverse-tunnel.md
 			if err != nil && strings.Contains(string(out), "unexpected EOF") {
+				t.Logf("again: %s", out)
 				out, err = p.kubectl(ctx, args...).CombinedOutput()
 			}
 		}
