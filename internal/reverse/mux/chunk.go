@@ -107,6 +107,18 @@ func (q *queue) take(most int) (list []*chunk, size int) {
 	return list, size
 }
 
+// putBack makes chunks that were taken the first ones again.
+func (q *queue) putBack(list []*chunk) {
+	for i := len(list) - 1; i >= 0; i-- {
+		c := list[i]
+		if c.next = q.head; q.tail == nil {
+			q.tail = c
+		}
+		q.head = c
+		q.size += len(c.bytes())
+	}
+}
+
 // dropHead frees the first chunk, which is read to its end, unless it is being filled.
 func (q *queue) dropHead() bool {
 	c := q.head

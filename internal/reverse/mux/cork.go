@@ -1,23 +1,36 @@
 package mux
 
 import (
+	"errors"
+	"io"
 	"net"
+	"os"
 	"sync"
+	"syscall"
 )
 
 // Corked is a connection whose small writes can be collected into large ones. It goes
 // under a tls.Conn, which writes each record of 16 KiB by itself. Make it with Cork.
 type Corked struct {
 	net.Conn
-	heard  func() // called with every read that brings something; nil: nobody asks
+	raw    syscall.RawConn // nil: it cannot be used without waiting
+	heard  func()          // called with every read that brings something; nil: nobody asks
+	idle   func()          // called before a read waits; nil: nobody asks
 	mu     sync.Mutex
 	corked bool
 	buf    *[]byte
+	sent   int // bytes of buf
 	err    error
 }
 
-// Cork wraps a connection; until Session (or WriteAll) uses it, it changes nothing.
-func Cork(c net.Conn) *Corked { return &Corked{Conn: c} }
+// Cork wraps a connection; until a Session or Relay uses it, it changes nothing.
+func Cork(c net.Conn) *Corked {
+	k := &Corked{Conn: c}
+	if sc, ok := c.(syscall.Conn); ok {
+		k.raw, _ = sc.SyscallConn()
+	}
+	return k
+}
 
 // NetConn is the connection underneath.
 func (c *Corked) NetConn() net.Conn { return c.Conn }
@@ -30,11 +43,37 @@ var corkPool = sync.Pool{New: func() any { b := make([]byte, 0, corkLimit+32<<10
 // Read implements net.Conn. What arrives is a sign of life, also when it is not yet a whole record, let
 // alone a frame: a slow path is not a dead one.
 func (c *Corked) Read(p []byte) (int, error) {
-	n, err := c.Conn.Read(p)
+	n, err := c.read(p)
 	if n > 0 && c.heard != nil {
 		c.heard()
 	}
 	return n, err
+}
+
+func (c *Corked) read(p []byte) (n int, err error) {
+	if c.idle == nil {
+		return c.Conn.Read(p)
+	}
+	if c.raw != nil && len(p) > 0 {
+		var failed error
+		err = c.raw.Read(func(fd uintptr) bool {
+			n, failed = readAtOnce(int(fd), p)
+			return true
+		})
+		switch {
+		case err != nil:
+			return 0, err
+		case failed == nil && n == 0:
+			return 0, io.EOF
+		case failed == nil:
+			return n, nil
+		case !errors.Is(failed, syscall.EAGAIN):
+			return 0, os.NewSyscallError("read", failed)
+		}
+	}
+	// Not in the function above: it would keep the connection from being closed.
+	c.idle()
+	return c.Conn.Read(p)
 }
 
 // Write implements net.Conn.
@@ -57,14 +96,13 @@ func (c *Corked) Write(p []byte) (int, error) {
 	return len(p), c.err
 }
 
+// flush writes what was collected.
 func (c *Corked) flush() {
-	if c.buf == nil || len(*c.buf) == 0 {
+	if c.buf == nil || c.err != nil {
 		return
 	}
-	if _, err := c.Conn.Write(*c.buf); err != nil && c.err == nil {
-		c.err = err
-	}
-	*c.buf = (*c.buf)[:0]
+	_, c.err = c.Conn.Write((*c.buf)[c.sent:])
+	*c.buf, c.sent = (*c.buf)[:0], 0
 }
 
 // cork starts collecting.
@@ -78,13 +116,47 @@ func (c *Corked) cork() {
 func (c *Corked) uncork() error {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.corked = false
 	c.flush()
+	c.release()
+	return c.err
+}
+
+// tryUncork is uncork that does not wait: rest reports that something is left, and that uncork has
+// to be called before anything else is written.
+func (c *Corked) tryUncork() (rest bool, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.buf != nil && c.err == nil {
+		b := (*c.buf)[c.sent:]
+		var n int
+		var failed error
+		err := c.raw.Write(func(fd uintptr) bool {
+			n, failed = writeAtOnce(int(fd), b)
+			return true
+		})
+		if errors.Is(failed, syscall.EAGAIN) {
+			n, failed = 0, nil
+		}
+		if err == nil && failed != nil {
+			err = os.NewSyscallError("write", failed)
+		}
+		if c.err = err; err == nil && n < len(b) {
+			c.sent += n
+			return true, nil
+		}
+	}
+	c.release()
+	return false, c.err
+}
+
+// release stops collecting, with nothing collected.
+func (c *Corked) release() {
+	c.corked, c.sent = false, 0
 	if c.buf != nil {
+		*c.buf = (*c.buf)[:0]
 		corkPool.Put(c.buf)
 		c.buf = nil
 	}
-	return c.err
 }
 
 // corkOf finds the corked connection under a tls.Conn; nil when there is none.

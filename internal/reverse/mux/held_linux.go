@@ -33,7 +33,7 @@ func (h *Held) receive(fd int, b []byte) (int, error) {
 			return 0, nil
 		}
 		if h.held > 0 {
-			if n, err := uninterrupted(func() (int, error) { return syscall.Read(fd, h.skip[:]) }); n < 1 || err != nil {
+			if n, err := readAtOnce(fd, h.skip[:]); n < 1 || err != nil {
 				return 0, err
 			}
 			h.held = 0
@@ -50,7 +50,7 @@ func (h *Held) receive(fd int, b []byte) (int, error) {
 func (h *Held) take(fd int, b []byte, fresh int) (n int, err error) {
 	most := min(len(b), fresh-1)
 	if most > 0 {
-		if n, err = uninterrupted(func() (int, error) { return syscall.Read(fd, b[:most]) }); n < most || err != nil {
+		if n, err = readAtOnce(fd, b[:most]); n < most || err != nil {
 			return max(n, 0), err
 		}
 	}
@@ -66,15 +66,6 @@ func (h *Held) take(fd int, b []byte, fresh int) (n int, err error) {
 		n++
 	}
 	return n, nil
-}
-
-// uninterrupted calls f until no signal interrupts it.
-func uninterrupted(f func() (int, error)) (n int, err error) {
-	for {
-		if n, err = f(); err != syscall.EINTR { //nolint:errorlint // a system call's
-			return n, err
-		}
-	}
 }
 
 // sendsNoMore reports whether the other end has ended its direction, or all; EAGAIN: it has

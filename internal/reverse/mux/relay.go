@@ -163,7 +163,7 @@ func transfer(dst, src Conn) (int64, error) {
 	}
 	if sc, ok := src.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
-			return pumpRaw(dst, raw, syscall.Read)
+			return pumpRaw(dst, raw, readAtOnce)
 		}
 	}
 	return pumpPlain(dst, src)
@@ -172,24 +172,26 @@ func transfer(dst, src Conn) (int64, error) {
 // pumpRaw takes a buffer only once there is something to read: a thousand idle
 // connections hold none.
 func pumpRaw(dst io.Writer, raw syscall.RawConn, receive func(fd int, b []byte) (int, error)) (total int64, err error) {
+	onward, _ := dst.(*Stream)
 	for {
 		var c *chunk
 		var n int
 		var failed error
 		err := raw.Read(func(fd uintptr) bool {
 			c = largePool.Get().(*chunk)
-			for {
-				n, failed = receive(int(fd), c.buf[headroom:])
-				if !errors.Is(failed, syscall.EINTR) {
-					break
-				}
-			}
+			n, failed = receive(int(fd), c.buf[headroom:])
 			if n > 0 {
 				c.end = headroom + n
 				return true
 			}
 			c.free()
-			return !errors.Is(failed, syscall.EAGAIN)
+			if !errors.Is(failed, syscall.EAGAIN) {
+				return true
+			}
+			if onward != nil {
+				onward.session.flush()
+			}
+			return false
 		})
 		if err == nil {
 			err = failed
@@ -205,7 +207,15 @@ func pumpRaw(dst io.Writer, raw syscall.RawConn, receive func(fd int, b []byte) 
 }
 
 // pumpPlain waits with a small buffer and takes a large one while there is much to read.
-func pumpPlain(dst io.Writer, src io.Reader) (total int64, err error) {
+func pumpPlain(dst io.Writer, src net.Conn) (total int64, err error) {
+	flush := func() {}
+	if onward, ok := dst.(*Stream); ok {
+		flush = onward.session.flush
+	}
+	if k := corkOf(src); k != nil {
+		k.idle, flush = flush, func() {}
+		defer func() { k.idle = nil }()
+	}
 	small := make([]byte, smallChunk/2)
 	for {
 		n, err := src.Read(small)
@@ -227,6 +237,7 @@ func pumpPlain(dst io.Writer, src io.Reader) (total int64, err error) {
 			if _, err := writeChunks(dst, []*chunk{c}); err != nil {
 				return total, &writeError{err}
 			}
+			flush()
 			total += int64(k)
 			if k < len(small) {
 				break

@@ -34,7 +34,7 @@ func watch(c Conn) Conn {
 
 // receive reads what is there.
 func (t *target) receive(fd int, b []byte) (int, error) {
-	n, err := syscall.Read(fd, b)
+	n, err := readAtOnce(fd, b)
 	if n > 0 && t.read < bulkFrom {
 		if t.read += n; t.read >= bulkFrom {
 			keepClose(fd)

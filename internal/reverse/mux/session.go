@@ -61,6 +61,12 @@ type Session struct {
 	least    atomic.Int64 // the least one of late, the same
 	in, out  atomic.Uint64
 
+	// The reader's own: sessions that it has given something and not flushed, streams of which it has
+	// not written out what has come, and how much all that is.
+	others []*Session
+	outs   []*Stream
+	unsent int
+
 	mu       sync.Mutex
 	room     sync.Cond // of data
 	streams  map[uint32]*Stream
@@ -68,6 +74,7 @@ type Session struct {
 	theirs   int    // streams that the other end opened
 	widened  int    // bytes of credit beyond the initial windows
 	control  []byte // frames that go out first
+	spare    []byte // memory for the next ones
 	data     outQueue
 	writing  bool
 	draining bool // a GoAway was received
@@ -92,7 +99,7 @@ func newSession(conn net.Conn, config Config, start time.Time, clock func() time
 		streams: map[uint32]*Stream{}, next: 2, done: make(chan struct{}),
 	}
 	if s.cork != nil {
-		s.cork.heard = s.hear
+		s.cork.heard, s.cork.idle = s.hear, s.giveOn
 	}
 	if config.Dialer {
 		s.next = 1

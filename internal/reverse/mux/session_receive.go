@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 
 	"github.com/culvert-vpn/culvert/internal/reverse/wire"
 )
@@ -53,7 +54,49 @@ func (s *Session) readData(f wire.Frame) error {
 		_, err := io.CopyN(io.Discard, s.conn, int64(f.Length))
 		return err
 	}
-	return st.fill(s.conn, f.Length)
+	if err := st.fill(s.conn, f.Length); err != nil {
+		return err
+	}
+	s.given(st)
+	if s.unsent += f.Length; s.unsent >= outLimit || s.cork == nil { // nobody says when it waits
+		s.giveOn()
+	}
+	return nil
+}
+
+// given notes that something has come for a stream. What goes to another stream is queued there at once, and
+// flushed with the rest; what goes to a connection is written with the rest.
+func (s *Session) given(st *Stream) {
+	st.mu.Lock()
+	streams, out := st.onward != nil, st.out != nil
+	st.mu.Unlock()
+	switch {
+	case streams:
+		other, credit := st.giveOn()
+		if credit {
+			s.flush()
+		}
+		if other != nil && !slices.Contains(s.others, other) {
+			s.others = append(s.others, other)
+		}
+	case out && !slices.Contains(s.outs, st):
+		s.outs = append(s.outs, st)
+	}
+}
+
+// giveOn sends what is to be given on, before the reader waits.
+func (s *Session) giveOn() {
+	for _, o := range s.others {
+		o.flush()
+	}
+	for _, st := range s.outs {
+		if _, credit := st.giveOn(); credit {
+			s.flush()
+		}
+	}
+	clear(s.others)
+	clear(s.outs)
+	s.others, s.outs, s.unsent = s.others[:0], s.outs[:0], 0
 }
 
 func (s *Session) readControl(f wire.Frame) error {

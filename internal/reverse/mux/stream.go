@@ -2,7 +2,6 @@ package mux
 
 import (
 	"context"
-	"encoding/binary"
 	"io"
 	"net"
 	"os"
@@ -37,9 +36,14 @@ type Stream struct {
 	isAnswer bool
 
 	in       queue
-	window   int // what the sender may have under way, all in all
-	allowed  int // what it may still send
-	consumed int // read, not yet given back
+	onward   *Stream                     // where what is received goes, while it is relayed, if that is a stream
+	out      func([]*chunk) (int, error) // the same if it is a connection that can be written to without waiting
+	taken    bool                        // somebody has taken chunks, and is to put them where they go
+	passed   int64                       // bytes that the session's reader has given on
+	broken   error                       // of a write to where it goes
+	window   int                         // what the sender may have under way, all in all
+	allowed  int                         // what it may still send
+	consumed int                         // read, not yet given back
 	credited time.Time
 	recvFin  bool
 
@@ -101,14 +105,21 @@ func (st *Stream) Ended() <-chan struct{} { return st.answered }
 // Read implements io.Reader. After a clean end it returns io.EOF; a stream that was cut
 // never does.
 func (st *Stream) Read(b []byte) (int, error) {
+	n, credit, err := st.read(b)
+	if credit {
+		st.session.flush()
+	}
+	return n, err
+}
+
+func (st *Stream) read(b []byte) (n int, credit bool, err error) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	if err := st.awaitData(); err != nil {
-		return 0, err
+		return 0, false, err
 	}
-	n := st.in.read(b)
-	st.consume(n)
-	return n, nil
+	n = st.in.read(b)
+	return n, st.consume(n), nil
 }
 
 // awaitData is called with the lock held.
@@ -130,11 +141,11 @@ func (st *Stream) awaitData() error {
 	}
 }
 
-// consume gives credit back, with the lock held.
-func (st *Stream) consume(n int) {
+// consume gives credit back, with the lock held. It reports whether the session has some to send.
+func (st *Stream) consume(n int) bool {
 	st.consumed += n
 	if st.consumed < st.window/2 || st.recvFin || st.err != nil {
-		return
+		return false
 	}
 	give := st.consumed
 	now := time.Now()
@@ -145,9 +156,8 @@ func (st *Stream) consume(n int) {
 	st.credited = now
 	st.consumed = 0
 	st.allowed += give
-	var payload [4]byte
-	binary.BigEndian.PutUint32(payload[:], uint32(give))
-	st.session.queueControl(wire.FrameCredit, st.id, payload[:])
+	st.session.queueCredit(st.id, give)
+	return true
 }
 
 // wider reports whether a reader that has taken half a window in the given time could have more under

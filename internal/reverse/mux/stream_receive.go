@@ -37,7 +37,9 @@ func (st *Stream) fill(conn io.Reader, n int) error {
 		n = 0
 	}
 	st.in.commit(c, n)
-	st.readable.Signal()
+	if st.onward == nil && st.out == nil || err != nil { // else the session's reader gives it on
+		st.readable.Signal()
+	}
 	return err
 }
 

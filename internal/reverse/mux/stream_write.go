@@ -15,13 +15,16 @@ func (st *Stream) Write(b []byte) (int, error) {
 		}
 		written += n
 	}
+	st.session.flush()
 	return written, nil
 }
 
+// takeCredit waits for credit. Before it does, what has been queued is sent: the credit may be the
+// answer to that.
 func (st *Stream) takeCredit(want int) (int, error) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
-	for {
+	for flushed := false; ; {
 		switch {
 		case st.closed || st.sentFin:
 			return 0, ErrClosed
@@ -34,11 +37,19 @@ func (st *Stream) takeCredit(want int) (int, error) {
 			st.credit -= n
 			return n, nil
 		}
+		if !flushed {
+			flushed = true
+			st.mu.Unlock()
+			st.session.flush()
+			st.mu.Lock()
+			continue
+		}
 		st.writable.Wait()
 	}
 }
 
-// writeChunk is Write that takes a chunk over, error or not.
+// writeChunk is Write that takes a chunk over, error or not. It is on its way with the session's
+// next flush.
 func (st *Stream) writeChunk(c *chunk) error {
 	for {
 		b := c.bytes()
@@ -64,4 +75,26 @@ func (st *Stream) writeChunk(c *chunk) error {
 			return err
 		}
 	}
+}
+
+// tryChunk is writeChunk that does not wait: false says that it did nothing.
+func (st *Stream) tryChunk(c *chunk) bool {
+	n := len(c.bytes())
+	st.mu.Lock()
+	may := !st.closed && !st.sentFin && st.err == nil && !st.writeBy.passed() && st.credit >= n
+	if may {
+		st.credit -= n
+	}
+	st.mu.Unlock()
+	if !may {
+		return false
+	}
+	if st.session.tryChunk(st.id, c) {
+		return true
+	}
+	st.mu.Lock()
+	st.credit += n
+	st.writable.Signal()
+	st.mu.Unlock()
+	return false
 }
