@@ -28,6 +28,8 @@ const runDir = "/run/netns"
 // Lab is a set of namespaces that are made and removed together.
 type Lab struct {
 	prefix string
+	// Congestion is the TCP congestion control of hosts, the first that may be set; empty: the machine's.
+	Congestion []string
 
 	mu    sync.Mutex
 	hosts []*Host
@@ -141,6 +143,11 @@ func (l *Lab) Host(name string) (*Host, error) {
 	if err := h.IP("link", "set", "lo", "up"); err != nil {
 		return nil, err
 	}
+	for _, c := range l.Congestion {
+		if h.Sysctl(congestion, c) == nil {
+			break
+		}
+	}
 	l.mu.Lock()
 	l.hosts = append(l.hosts, h)
 	l.mu.Unlock()
@@ -182,6 +189,18 @@ func (h *Host) Up(link, addrs string) error {
 // IP runs ip(8) for the host.
 func (h *Host) IP(args ...string) error {
 	return run("ip", append([]string{"-n", h.Namespace}, args...)...)
+}
+
+const congestion = "net/ipv4/tcp_congestion_control"
+
+// Congestion is the TCP congestion control that the host has; empty: it cannot be read.
+func (h *Host) Congestion() (name string) {
+	_ = h.Do(func() error {
+		b, err := os.ReadFile("/proc/sys/" + congestion)
+		name = strings.TrimSpace(string(b))
+		return err
+	})
+	return name
 }
 
 // Sysctl writes a setting given as a path below /proc/sys with slashes.

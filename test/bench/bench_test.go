@@ -67,6 +67,7 @@ func TestBench(t *testing.T) {
 		only = strings.Split(v, ",")
 	}
 	m := thisMachine()
+	m.Congestion = congestionOf(t)
 	var results []*result
 	for _, s := range suites(false) {
 		if only != nil && !slices.Contains(only, s.name) {

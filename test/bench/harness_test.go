@@ -91,6 +91,7 @@ func (s *suite) run(t *testing.T, r *result) {
 	t.Helper()
 	running := map[string]candidate{}
 	lab := labtest.New(t) // one for all: it is known by the test's name
+	lab.Congestion = congestion
 	for _, c := range s.contenders {
 		if c.absent != nil {
 			if why := c.absent(); why != "" {

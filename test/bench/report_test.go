@@ -20,6 +20,7 @@ type machine struct {
 	Model      string `json:"model"`
 	Memory     string `json:"memory"`
 	Kernel     string `json:"kernel"`
+	Congestion string `json:"congestion"` // control of TCP, in the namespaces
 	Go         string `json:"go"`
 	// Load is the average of the last minute before the run, and after it.
 	Load     [2]string         `json:"load"`
@@ -56,11 +57,24 @@ func fieldOf(file, name string) string {
 
 func (m machine) String() string {
 	var b strings.Builder
-	fmt.Fprintf(&b, "%d × %s, %s, Linux %s, %s; load average before %s, after %s; took %s.\n\n", m.Processors, m.Model, m.Memory, m.Kernel, m.Go, m.Load[0], m.Load[1], m.Took)
+	fmt.Fprintf(&b, "%d × %s, %s, Linux %s, TCP with %s, %s; load average before %s, after %s; took %s.\n\n", m.Processors, m.Model, m.Memory, m.Kernel, m.Congestion, m.Go, m.Load[0], m.Load[1], m.Took)
 	for _, k := range slices.Sorted(keys(m.Versions)) {
 		fmt.Fprintf(&b, "- %s: %s\n", k, m.Versions[k])
 	}
 	return b.String()
+}
+
+// congestion is the TCP congestion control of all hosts: what Linux has by itself, or else what can be set in
+// any namespace and is as cheap. A machine's own may be BBR, which takes a timer for each burst of each
+// connection, and so the more of the processors the more connections follow on each other.
+var congestion = []string{"cubic", "reno"}
+
+// congestionOf says which one that is here.
+func congestionOf(t *testing.T) string {
+	t.Helper()
+	lab := labtest.New(t)
+	lab.Congestion = congestion
+	return lab.Host("tcp").Congestion()
 }
 
 // report writes bench.json, bench.txt and table.md, and prints the latter.

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -36,7 +37,7 @@ type reversal struct {
 
 func reversed(brief bool) *suite {
 	start := func(name string, up func(*reversal)) contender {
-		return contender{name: name, ours: name == "Culvert", start: func(t *testing.T, l *labtest.Lab) candidate { return newReversal(t, l, name, brief, up) }}
+		return contender{name: name, ours: strings.HasPrefix(name, "Culvert"), start: func(t *testing.T, l *labtest.Lab) candidate { return newReversal(t, l, name, brief, up) }}
 	}
 	ssh, vpn := start("ssh -R", sshReversal), start("OpenVPN-TCP + CONNECT proxies", openvpnReversal)
 	ssh.absent, vpn.absent = needs("/usr/sbin/sshd"), needs("openvpn")
@@ -46,7 +47,7 @@ func reversed(brief bool) *suite {
 			{name: "open", unit: "ms", less: true}, {name: "open p99", unit: "ms", less: true}, {name: "open, 10 ms RTT", unit: "ms", less: true}, {name: "open, 40 ms RTT", unit: "ms", less: true}, {name: "100 at once, p99", unit: "ms", less: true},
 			{name: "one stream", unit: "Gbit/s"}, {name: "eight", unit: "Gbit/s"}, {name: "CPU", unit: "s/GB", less: true}, {name: "echo", unit: "ms", less: true}, {name: "echo, one reader stalled", unit: "ms", less: true}, {name: "memory per idle connection", unit: "KiB", less: true},
 		},
-		contenders: []contender{start("Culvert", culvertReversal), vpn, ssh, start("direct TLS 1.3", directReversal)},
+		contenders: []contender{start("Culvert", culvertReversal), start("Culvert, by the hub's own listener", listenerReversal), vpn, ssh, start("direct TLS 1.3", directReversal)},
 	}
 }
 
@@ -127,7 +128,7 @@ func ask(c net.Conn, what byte, n int64) error {
 func (r *reversal) measure(t *testing.T) figures {
 	t.Helper()
 	out := figures{}
-	n, size := 100, int64(128<<20)
+	n, size := 100, int64(256<<20)
 	if r.brief {
 		n, size = 10, 16<<20
 	}

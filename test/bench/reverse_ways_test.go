@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"context"
 	"crypto/tls"
+	"crypto/x509"
 	"errors"
 	"fmt"
 	"io"
@@ -16,6 +17,7 @@ import (
 	"time"
 
 	"github.com/culvert-vpn/culvert/internal/lab/labtest"
+	"github.com/culvert-vpn/culvert/internal/tunnel"
 )
 
 // dial connects on a host.
@@ -55,9 +57,39 @@ func through(c net.Conn, err error) (net.Conn, error) {
 	return c, nil
 }
 
+const uid = "6f1c2a54-0000-4000-8000-000000000001" // of the RemoteCluster
+
+// listenerReversal is the same, but the client speaks TLS itself, as that of a direct connection does: to
+// the hub, as kube-apiserver can (transport.tcp). It borrows the egress's certificate.
+func listenerReversal(r *reversal) {
+	culvertReversal(r)
+	var m *tunnel.Membership
+	labtest.Eventually(r.t, 10*time.Second, "a client's certificate", func() (err error) {
+		if m, err = (tunnel.FileKeeper{Dir: r.path("egress")}).Load(context.Background()); err == nil && m == nil {
+			err = errors.New("there is none yet")
+		}
+		return err
+	})
+	pair, err := tls.X509KeyPair([]byte(m.Pair), []byte(m.Pair))
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	authorities := x509.NewCertPool()
+	if !authorities.AppendCertsFromPEM([]byte(m.Authorities)) {
+		r.t.Fatal("no authorities")
+	}
+	config := &tls.Config{RootCAs: authorities, ServerName: "localhost", Certificates: []tls.Certificate{pair}, MinVersion: tls.VersionTLS13}
+	r.connect = func() (net.Conn, error) {
+		c, err := dial(r.a, "tcp", "127.0.0.1:8132")
+		if err != nil {
+			return nil, err
+		}
+		return through(tls.Client(c, config), nil)
+	}
+}
+
 // culvertReversal is front, hub, spoke and egress, each a process.
 func culvertReversal(r *reversal) {
-	const uid = "6f1c2a54-0000-4000-8000-000000000001"
 	program := strings.TrimSuffix(culvert, "culvert") + "culvert-tunnel"
 	r.write("manifests/prod.yaml", `apiVersion: culvert.dev/v1alpha1
 kind: RemoteCluster

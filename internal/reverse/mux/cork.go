@@ -149,6 +149,15 @@ func (c *Corked) tryUncork() (rest bool, err error) {
 	return false, c.err
 }
 
+// free reports whether nothing waits to be written, and nobody is at it.
+func (c *Corked) free() bool {
+	if !c.mu.TryLock() {
+		return false
+	}
+	defer c.mu.Unlock()
+	return c.buf == nil
+}
+
 // release stops collecting, with nothing collected.
 func (c *Corked) release() {
 	c.corked, c.sent = false, 0

@@ -58,17 +58,19 @@ func (st *Stream) awaitChunks() (list []*chunk, size int, err error) {
 	defer st.mu.Unlock()
 	for {
 		if st.taken {
+			st.waits = true
 			st.readable.Wait()
 			continue
 		}
 		if st.broken != nil {
 			return nil, 0, &writeError{st.broken}
 		}
-		if err := st.awaitData(); err != nil || st.taken {
-			if err != nil {
-				return nil, 0, err
-			}
+		err := st.awaitData()
+		if st.taken { // meanwhile
 			continue
+		}
+		if err != nil {
+			return nil, 0, err
 		}
 		if list, size = st.in.take(writevChunks); list != nil {
 			st.taken = true
@@ -165,7 +167,8 @@ func (st *Stream) gaveOn(rest []*chunk, n int, err error) (credit bool) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	st.passed += int64(n)
-	if len(rest) > 0 || st.err != nil {
+	if len(rest) > 0 || st.waits {
+		st.waits = false
 		st.readable.Broadcast()
 	}
 	return credit

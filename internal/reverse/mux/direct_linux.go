@@ -1,6 +1,7 @@
 package mux
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
@@ -25,6 +26,10 @@ func direct(w io.Writer) func([]*chunk) (int, error) {
 		return directly(w)
 	case *net.UnixConn:
 		return directly(w)
+	case *tls.Conn:
+		if k := corkOf(w); k != nil && k.raw != nil {
+			return func(list []*chunk) (int, error) { return tryWriteTLS(w, k, list) }
+		}
 	}
 	return nil
 }
@@ -50,6 +55,31 @@ func tryWrite(raw syscall.RawConn, list []*chunk) (n int, err error) {
 		return 0, nil
 	case failed != nil:
 		return 0, failed
+	}
+	return n, nil
+}
+
+// tryWriteTLS encrypts a few chunks at a time, as many as the cork takes. What the kernel does not take at once is
+// left to a goroutine, and nothing is written until that has done it.
+func tryWriteTLS(w *tls.Conn, k *Corked, list []*chunk) (n int, err error) {
+	const few = flushLimit / largeChunk
+	for len(list) > 0 && k.free() {
+		k.cork()
+		for _, c := range list[:min(few, len(list))] {
+			m, err := w.Write(c.bytes())
+			if n += m; err != nil {
+				return n, err
+			}
+		}
+		rest, err := k.tryUncork()
+		if err != nil {
+			return n, err
+		}
+		if rest {
+			go func() { _ = k.uncork() }() // whoever writes next is told of an error
+			return n, nil
+		}
+		list = list[min(few, len(list)):]
 	}
 	return n, nil
 }

@@ -214,3 +214,54 @@ func TestGivenOnBeforeTheEnd(t *testing.T) {
 		}
 	}
 }
+
+// However a connection ends, and whenever, all that carried it end.
+func TestGivenOnUntilTheEnd(t *testing.T) {
+	r := random(1)
+	for round := range 12 {
+		all := chained(t, 8)
+		for i, c := range all {
+			for _, x := range []net.Conn{c.client, c.target} {
+				if r.IntN(4) > 0 {
+					go func() { _, _ = io.Copy(struct{ io.Writer }{x}, endless{}) }()
+				}
+				if r.IntN(4) > 0 {
+					go func() { _, _ = io.Copy(io.Discard, struct{ io.Reader }{x}) }()
+				}
+			}
+			after, how := time.Duration(r.IntN(3000))*time.Microsecond, (round+i)%4
+			go func() {
+				time.Sleep(after)
+				switch how {
+				case 0:
+					_ = c.client.Close()
+				case 1:
+					_ = c.target.Close()
+				case 2:
+					_, _ = c.target.SetLinger(0), c.target.Close()
+				case 3:
+					_, _ = c.client.(Conn).CloseWrite(), c.target.CloseWrite()
+				}
+				time.Sleep(20 * time.Millisecond) // an end alone leaves the other direction as it is
+				_, _ = c.client.Close(), c.target.Close()
+			}()
+		}
+		if round%3 == 2 {
+			time.Sleep(time.Duration(r.IntN(3000)) * time.Microsecond)
+			all[0].first.Close()
+		}
+		cut := false
+		deadline := time.After(20 * time.Second)
+		for i := range 3 * len(all) {
+			select {
+			case err := <-all[0].ended:
+				cut = cut || err != nil
+			case <-deadline:
+				t.Fatalf("round %d: %d of %d relays have not ended", round, 3*len(all)-i, 3*len(all))
+			}
+		}
+		if !cut {
+			t.Errorf("round %d: no connection was cut", round)
+		}
+	}
+}

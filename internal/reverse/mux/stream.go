@@ -39,6 +39,7 @@ type Stream struct {
 	onward   *Stream                     // where what is received goes, while it is relayed, if that is a stream
 	out      func([]*chunk) (int, error) // the same if it is a connection that can be written to without waiting
 	taken    bool                        // somebody has taken chunks, and is to put them where they go
+	waits    bool                        // somebody else waits until they are there
 	passed   int64                       // bytes that the session's reader has given on
 	broken   error                       // of a write to where it goes
 	window   int                         // what the sender may have under way, all in all
@@ -50,10 +51,11 @@ type Stream struct {
 	credit  int // what we may still send
 	sentFin bool
 
-	deaf   bool  // what comes is dropped, and no credit given
-	err    error // why it ended before its time
-	gone   bool  // forgotten by the session
-	closed bool  // by us
+	deaf      bool      // what comes is dropped
+	deafUntil time.Time // until then credit is given for it
+	err       error     // why it ended before its time
+	gone      bool      // forgotten by the session
+	closed    bool      // by us
 
 	readBy, writeBy deadline
 	onEnd           func()

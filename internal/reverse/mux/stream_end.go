@@ -1,6 +1,10 @@
 package mux
 
-import "github.com/culvert-vpn/culvert/internal/reverse/wire"
+import (
+	"time"
+
+	"github.com/culvert-vpn/culvert/internal/reverse/wire"
+)
 
 // fail ends the stream with an error.
 func (st *Stream) fail(err error) {
@@ -89,13 +93,31 @@ func (st *Stream) end(reason []byte) error {
 	return nil
 }
 
-// stopReading drops what has come and what will come; the other end soon has to wait. The
-// other direction goes on.
+// stopReading drops what has come and what will come. The other direction goes on. For discardFor the other
+// end may go on sending: if it had to wait it might never find that it has nobody to send for
+// either. Then it has to.
 func (st *Stream) stopReading() {
 	st.mu.Lock()
-	defer st.mu.Unlock()
-	st.deaf = true
+	st.deaf, st.deafUntil = true, time.Now().Add(discardFor)
 	st.in.clear()
+	credit := st.drop(0)
+	st.mu.Unlock()
+	if credit {
+		st.session.flush()
+	}
+}
+
+// drop notes that n bytes have come and nobody will read them, and gives back all credit. It is called with the lock
+// held, and reports whether the session has some to send.
+func (st *Stream) drop(n int) bool {
+	st.allowed = max(0, st.allowed-n)
+	give := st.window - st.allowed
+	if give < st.window/2 || st.recvFin || st.err != nil || !time.Now().Before(st.deafUntil) {
+		return false
+	}
+	st.allowed, st.consumed = st.window, 0
+	st.session.queueCredit(st.id, give)
+	return true
 }
 
 // OnEnd calls f, on a goroutine of its own, when the stream ends before its time. stop

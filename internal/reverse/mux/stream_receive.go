@@ -13,9 +13,13 @@ func (st *Stream) fill(conn io.Reader, n int) error {
 	st.mu.Lock()
 	if st.err != nil || st.closed || st.recvFin || st.deaf {
 		fin := st.recvFin
+		credit := st.deaf && !st.closed && st.drop(n)
 		st.mu.Unlock()
 		if fin {
 			return fmt.Errorf("%w: data behind the end of stream %d", wire.ErrFrame, st.id)
+		}
+		if credit {
+			st.session.flush()
 		}
 		_, err := io.CopyN(io.Discard, conn, int64(n))
 		return err
