@@ -62,9 +62,6 @@ func (st *Stream) awaitChunks() (list []*chunk, size int, err error) {
 			st.readable.Wait()
 			continue
 		}
-		if st.broken != nil {
-			return nil, 0, &writeError{st.broken}
-		}
 		err := st.awaitData()
 		if st.taken { // meanwhile
 			continue

@@ -14,7 +14,7 @@ import (
 	"time"
 )
 
-// chain is a client's socket, a session to a hub, one on to a spoke, and a target's connection, as it is
+// chain is a client's socket or TLS connection, a session to a hub, one on to a spoke, and a target's connection, as it is
 // in use: relays everywhere, TLS over corked connections between them.
 type chain struct {
 	client net.Conn
@@ -78,12 +78,17 @@ func chained(t testing.TB, n int) []*chain {
 		_ = st.Accept(nil)
 		relay(st, on)
 	})
-	for range n {
+	for i := range n {
 		st, err := first.Open(nil)
 		if err != nil {
 			t.Fatal(err)
 		}
 		a, client := unixPair(t)
+		if i%2 == 1 { // or a client of the hub's own listener
+			ours, theirs := tlsPair(t, true)
+			_ = tcpOf(ours).SetWriteBuffer(16 << 10)
+			a, client = ours, theirs
+		}
 		go relay(a, st)
 		all = append(all, &chain{client: client, target: <-targets, first: first, hub: hub, ended: ended})
 	}

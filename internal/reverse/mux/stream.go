@@ -130,6 +130,8 @@ func (st *Stream) awaitData() error {
 		switch {
 		case st.closed:
 			return ErrClosed
+		case st.broken != nil:
+			return &writeError{st.broken}
 		case st.in.size > 0:
 			return nil
 		case st.recvFin: // a reset behind it is about the other direction
