@@ -69,16 +69,8 @@ func TestKernel(t *testing.T) {
 	ctx, cancel := context.WithTimeout(t.Context(), limit)
 	defer cancel()
 	dir := runDir(t, root)
-	t.Cleanup(func() {
-		if !t.Failed() {
-			_ = os.RemoveAll(dir)
-			return
-		}
-		_ = os.RemoveAll(filepath.Join(dir, "bin"))
-		t.Logf("console.log and jobs.log of the machine: %s", dir)
-	})
-	start := time.Now()
-	config := Config{Kernel: kernelDir(t, root), Dir: dir, Env: environment()}
+	t.Cleanup(func() { _ = os.RemoveAll(dir) })
+	config := Config{Kernel: kernelDir(t, root), Env: environment()}
 	config.Env = append(config.Env, "CULVERT_PROGRAM="+filepath.Join(dir, "bin", "culvert"))
 	list := chosen()
 	for _, s := range list {
@@ -86,47 +78,123 @@ func TestKernel(t *testing.T) {
 	}
 	// The machine boots while the first programs are built, and runs one suite while the
 	// next is.
-	built := make(chan error, len(list))
-	go func() {
-		for _, s := range list {
-			built <- s.build(ctx, root, dir)
-		}
-	}()
-	m, err := Boot(ctx, config)
-	if err != nil {
-		t.Fatal(err)
+	built := make([]chan error, len(list))
+	for i := range list {
+		built[i] = make(chan error, 1)
 	}
-	t.Cleanup(func() {
-		if err := m.Close(); err != nil {
-			t.Error(err)
-		}
-	})
-	t.Logf("booted in %.1f s (%.1f s by its own clock)", time.Since(start).Seconds(), m.Uptime.Seconds())
-	failed := make(chan error, 1)
 	go func() {
-		for range list {
-			err := <-built
-			if err == nil {
-				err = m.Start()
-			}
-			if err != nil {
-				failed <- err
-				cancel() // the machine would wait for ever
-				return
-			}
+		for i, s := range list {
+			built[i] <- s.build(ctx, root, dir)
 		}
 	}()
-	for _, j := range config.Jobs {
+	m := &runner{t: t, config: config, built: built}
+	m.boot(ctx, root, 0)
+	for i, j := range config.Jobs {
+		start := time.Now()
+		output, code, err := m.wait(ctx, root, i)
 		t.Run(j.Name, func(t *testing.T) {
-			start := time.Now()
-			report(t, m, j)
+			report(t, output, code, err)
 			t.Logf("%.1f s", time.Since(start).Seconds())
 		})
 	}
-	select {
-	case err := <-failed:
-		t.Error(err)
-	default:
+}
+
+// runner runs the jobs in a machine, or in two: see hungItself.
+type runner struct {
+	t      *testing.T
+	config Config
+	built  []chan error // of each job's programs
+	now    *Machine
+	again  bool
+}
+
+// boot starts a machine for the jobs from that one on.
+func (r *runner) boot(ctx context.Context, root string, first int) {
+	start := time.Now()
+	c := r.config
+	c.Dir, c.Jobs = runDir(r.t, root), c.Jobs[first:]
+	r.t.Cleanup(func() {
+		if !r.t.Failed() {
+			_ = os.RemoveAll(c.Dir)
+			return
+		}
+		r.t.Logf("console.log and jobs.log of the machine: %s", c.Dir)
+	})
+	m, err := Boot(ctx, c)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	r.now = m
+	r.t.Cleanup(func() {
+		if err := m.Close(); err != nil {
+			r.t.Error(err)
+		}
+	})
+	r.t.Logf("booted in %.1f s (%.1f s by its own clock)", time.Since(start).Seconds(), m.Uptime.Seconds())
+	go r.start(ctx, m, first)
+	go func() {
+		for ctx.Err() == nil && !m.stopped() {
+			if hungItself.MatchString(m.Console()) {
+				m.stop()
+			}
+			time.Sleep(2 * time.Second)
+		}
+	}()
+}
+
+// start lets each job run once its programs are there.
+func (r *runner) start(ctx context.Context, m *Machine, first int) {
+	for i := first; i < len(r.built); i++ {
+		var err error
+		select {
+		case err = <-r.built[i]:
+			r.built[i] <- err // for another machine
+		case <-ctx.Done():
+			return
+		}
+		if err == nil {
+			err = m.Start()
+		}
+		if err != nil {
+			if !m.stopped() {
+				r.t.Error(err)
+			}
+			m.stop() // it would wait for ever
+			return
+		}
+	}
+}
+
+// wait is Machine.Wait for a job. When the machine's kernel has hung itself meanwhile, the job and those behind it get
+// another machine, once.
+func (r *runner) wait(ctx context.Context, root string, i int) (output string, code int, err error) {
+	output, code, err = r.now.Wait(r.config.Jobs[i].Name)
+	if err == nil || r.again || !hungItself.MatchString(r.now.Console()) {
+		return output, code, err
+	}
+	r.again = true
+	r.t.Logf("THE MACHINE'S KERNEL HUNG ITSELF in %s, which begins anew in another one:\n%s\n%s", r.config.Jobs[i].Name, r.now.Console(), output)
+	if err := r.now.Close(); err != nil {
+		r.t.Error(err)
+	}
+	r.boot(ctx, root, i)
+	return r.now.Wait(r.config.Jobs[i].Name)
+}
+
+// hungItself is what a kernel says that has given back more references to a link than were taken: the link can
+// never be removed, nor any other from then on. Seen with Linux 6.1 of Debian 12, once in some twenty runs, at the end
+// of an XFRM link whose associations had been deleted. Nobody outside the kernel can take a count
+// below zero; one that stays above would be ours, and is not meant.
+var hungItself = regexp.MustCompile(`unregister_netdevice: waiting for \S+ to become free\. Usage count = -`)
+
+func TestHungItself(t *testing.T) {
+	for said, want := range map[string]bool{
+		"[  379.194352] unregister_netdevice: waiting for cvtx83a6cfab to become free. Usage count = -1": true,
+		"[  379.194352] unregister_netdevice: waiting for cvtx83a6cfab to become free. Usage count = 2":  false,
+	} {
+		if hungItself.MatchString(said) != want {
+			t.Errorf("%v for %q", !want, said)
+		}
 	}
 }
 
@@ -231,9 +299,8 @@ func (s *suite) build(ctx context.Context, root, dir string) error {
 	return nil
 }
 
-// report waits for a job and turns its tests into subtests of t.
-func report(t *testing.T, m *Machine, j Job) {
-	output, code, err := m.Wait(j.Name)
+// report turns a job's tests into subtests of t.
+func report(t *testing.T, output string, code int, err error) {
 	if err != nil {
 		t.Fatalf("%s, after:\n%s", err, output)
 	}

@@ -62,6 +62,7 @@ type Machine struct {
 	input  *os.File // a line for each job that may start
 	output *bufio.Reader
 	stop   context.CancelFunc
+	ended  <-chan struct{} // closed by stop
 	done   chan error
 }
 
@@ -88,7 +89,7 @@ func Boot(ctx context.Context, c Config) (*Machine, error) {
 		return nil, fmt.Errorf("write what jobs print: %w", err)
 	}
 	ctx, stop := context.WithCancel(ctx)
-	m := &Machine{dir: c.Dir, log: log, stop: stop, done: make(chan error, 1)}
+	m := &Machine{dir: c.Dir, log: log, stop: stop, ended: ctx.Done(), done: make(chan error, 1)}
 	if err := m.start(qemu(ctx, c, image, initrd)); err != nil {
 		stop()
 		_ = log.Close()
@@ -280,6 +281,16 @@ func (m *Machine) Wait(name string) (output string, code int, err error) {
 		default:
 			b.WriteString(line + "\n")
 		}
+	}
+}
+
+// stopped reports whether the machine was told to end.
+func (m *Machine) stopped() bool {
+	select {
+	case <-m.ended:
+		return true
+	default:
+		return false
 	}
 }
 
