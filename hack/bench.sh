@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Measures Culvert beside its peers (test/bench): installs and builds all of them first.
-# ONLY=tunnels,reverse,services,relay,scale,operator,agents,failover,ipsec and ROUNDS=N choose; the outcome is
+# ONLY=tunnels,reverse,streams,services,relay,scale,operator,agents,failover,ipsec and ROUNDS=N choose; the outcome is
 # .cache/bench/table.md, bench.json, and bench.txt for benchstat.
 #
 # "hack/bench.sh docs" puts the tables of the last run into docs/performance.md.

@@ -46,7 +46,7 @@ func run(m *testing.M) int {
 
 // suites is everything that is measured; brief: for a second or so each.
 func suites(brief bool) []*suite {
-	return []*suite{tunnels(brief), reversed(brief), servicePath(brief), relays(brief), scale(brief), operator(brief), agents(brief), failover(brief), apart(brief)}
+	return []*suite{tunnels(brief), reversed(brief), streams(brief), servicePath(brief), relays(brief), scale(brief), operator(brief), agents(brief), failover(brief), apart(brief)}
 }
 
 // rounds is how often "make bench" measures everything.

@@ -47,6 +47,22 @@ func agents(brief bool) *suite {
 	return s
 }
 
+// streams is one stream through hub and spoke alone, beside a direct TLS connection between the same ends, all in one
+// process: what the tunnel itself costs.
+func streams(brief bool) *suite {
+	s := &suite{
+		name: "streams", title: "Reversed tunnel: one stream through hub and spoke alone, of a direct TLS 1.3 connection between the same ends", against: "Culvert",
+		metrics: []metric{
+			{name: "hub, down", unit: "×"}, {name: "hub, up", unit: "×"}, {name: "egress, down", unit: "×"}, {name: "egress, up", unit: "×"}, {name: "slowest", unit: "×"},
+			{name: "hub, down: CPU", unit: "×", less: true}, {name: "hub, up: CPU", unit: "×", less: true}, {name: "egress, down: CPU", unit: "×", less: true}, {name: "egress, up: CPU", unit: "×", less: true}, {name: "most CPU", unit: "×", less: true},
+		},
+	}
+	if !brief { // test/reverse runs it by itself
+		s.contenders = append(s.contenders, s.elsewhere("Culvert", "test/reverse", "TestStreamSpeed"))
+	}
+	return s
+}
+
 func (s *suite) elsewhere(name, dir, run string, env ...string) contender {
 	return contender{name: name, ours: true, start: func(t *testing.T, _ *labtest.Lab) candidate {
 		e := &elsewhere{name: name, program: filepath.Join(t.TempDir(), "test"), dir: filepath.Join("../..", dir), run: "^" + run + "$", env: env, metrics: s.metrics}

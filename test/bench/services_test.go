@@ -203,7 +203,7 @@ func (s *serving) open() (net.Conn, byte, error) {
 func (s *serving) measure(t *testing.T) figures {
 	t.Helper()
 	out := figures{}
-	n, size := 300, int64(256<<20)
+	n, size := 1000, int64(256<<20)
 	if s.brief {
 		n, size = 20, 16<<20
 	}
