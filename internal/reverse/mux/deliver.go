@@ -11,7 +11,8 @@ const writevChunks = 8
 
 // WriteTo implements io.WriterTo: what has been received goes to w without another copy.
 //
-// As long as w takes it at once the session's reader gives it on by itself, see giveOn, and this waits: waking somebody for each piece takes longer than sending it.
+// As long as w takes it at once the session's reader gives it on by itself, see giveOn, and this
+// waits: waking somebody for each piece takes longer than sending it.
 func (st *Stream) WriteTo(w io.Writer) (int64, error) {
 	st.mu.Lock()
 	if onward, ok := w.(*Stream); ok {
