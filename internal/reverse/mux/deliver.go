@@ -3,7 +3,6 @@ package mux
 import (
 	"io"
 	"net"
-	"syscall"
 )
 
 // writevChunks is how many received chunks are written at once.
@@ -231,14 +230,5 @@ func buffers(list []*chunk) net.Buffers {
 func freeAll(list []*chunk) {
 	for _, c := range list {
 		c.free()
-	}
-}
-
-// uninterrupted calls f until no signal interrupts it.
-func uninterrupted(f func() (int, error)) (n int, err error) {
-	for {
-		if n, err = f(); err != syscall.EINTR { //nolint:errorlint // a system call's
-			return n, err
-		}
 	}
 }
