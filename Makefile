@@ -38,7 +38,8 @@ check-generated:
 
 check-format:
 	@hack/layer.sh "gofmt"
-	@test -z "$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go') | tee /dev/stderr)" || { echo "not formatted: run gofmt -w on the files above" >&2; exit 1; }
+	@files=$$(gofmt -l $$(git ls-files -co --exclude-standard '*.go')); \
+	if [[ -n $$files ]]; then printf '%s\n' "$$files" "not formatted: run gofmt -w on the files above" >&2; exit 1; fi
 
 check-vet:
 	@hack/layer.sh "go vet"

@@ -55,11 +55,10 @@ func (g goal) figure(results []*result) float64 {
 			if m.name != g.metric {
 				continue
 			}
-			v := r.value(g.candidate, m)
 			if g.per != "" {
-				v /= r.value(g.per, m)
+				return r.ratio(g.candidate, g.per, m)
 			}
-			return v
+			return r.value(g.candidate, m)
 		}
 	}
 	return math.NaN()

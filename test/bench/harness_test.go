@@ -1,5 +1,5 @@
 // Package bench measures Culvert side by side with what people would use in its place: on
-// one topology, in one run, taking turns, with medians and ratios. Figures move by 30 % and
+// one topology, in one run, taking turns in random order, with medians and ratios. Figures move by 30 % and
 // more from run to run: compare candidates of one run, and ratios only.
 //
 // "make bench" runs all of it (TestBench); TestSmoke, a part of "make test", checks that
@@ -9,6 +9,7 @@ package bench
 import (
 	"fmt"
 	"math"
+	"math/rand/v2"
 	"slices"
 	"strings"
 	"testing"
@@ -48,6 +49,14 @@ type candidate interface {
 	measure(t *testing.T) figures
 }
 
+// glancing is a candidate of which some figures take milliseconds. They are measured in many
+// short turns of all candidates, in random order: whatever else the machine does meanwhile
+// then hits all of them alike.
+type glancing interface {
+	candidate
+	glance(t *testing.T) figures
+}
+
 // contender makes a candidate; absent says why it cannot take part on this machine.
 type contender struct {
 	name   string
@@ -62,6 +71,7 @@ type suite struct {
 	metrics              []metric
 	contenders           []contender
 	turns                int  // measurements in a round; 0: one
+	glances              int  // short turns in a round, of candidates that are glancing
 	once                 bool // in one round only: it takes minutes
 }
 
@@ -107,19 +117,33 @@ func (s *suite) run(t *testing.T, r *result) {
 		t.Logf("%s: %s is up after %s", s.name, c.name, time.Since(begin).Round(time.Millisecond))
 	}
 	for i := range r.Rounds {
-		order := slices.Clone(r.Order)
-		if i%2 == 1 { // who is first has the advantage
-			slices.Reverse(order)
-		}
-		for _, name := range order {
-			for range max(1, s.turns) {
-				got := running[name].measure(t)
-				for m, v := range got {
-					r.Samples[name][m] = append(r.Samples[name][m], v)
+		for range s.glances {
+			for _, name := range shuffled(r.Order) {
+				if g, ok := running[name].(glancing); ok {
+					r.add(name, g.glance(t))
 				}
+			}
+		}
+		for range max(1, s.turns) {
+			for _, name := range shuffled(r.Order) {
+				got := running[name].measure(t)
+				r.add(name, got)
 				t.Logf("%s: round %d: %s: %s", s.name, i+1, name, s.line(got))
 			}
 		}
+	}
+}
+
+// shuffled are the names in random order: who is first, or behind whom, is no advantage.
+func shuffled(names []string) []string {
+	names = slices.Clone(names)
+	rand.Shuffle(len(names), func(i, j int) { names[i], names[j] = names[j], names[i] })
+	return names
+}
+
+func (r *result) add(candidate string, f figures) {
+	for m, v := range f {
+		r.Samples[candidate][m] = append(r.Samples[candidate][m], v)
 	}
 }
 
@@ -167,8 +191,23 @@ func (r *result) value(candidate string, m metric) float64 {
 	return m.show(samples)
 }
 
-// table is the result in Markdown: medians, and in parentheses what they are of the row
-// that the others are compared with.
+// ratio is what a candidate has of what another has: the median of the ratios within a turn, in
+// which the machine was the same for both. A metric that is made of all samples has one ratio.
+// NaN: one of the two was not measured.
+func (r *result) ratio(candidate, per string, m metric) float64 {
+	a, b := r.Samples[candidate][m.figure()], r.Samples[per][m.figure()]
+	if m.show != nil || len(a) != len(b) {
+		return r.value(candidate, m) / r.value(per, m)
+	}
+	var within []float64
+	for i := range a {
+		within = append(within, a[i]/b[i])
+	}
+	return median(within)
+}
+
+// table is the result in Markdown: medians, and in parentheses the ratios to the row that the
+// others are compared with.
 func (r *result) table() string {
 	var b strings.Builder
 	fmt.Fprintf(&b, "### %s\n\n", r.Title)
@@ -184,16 +223,16 @@ func (r *result) table() string {
 	for _, name := range r.Order {
 		fmt.Fprintf(&b, "| %s |", name)
 		for _, m := range r.metrics {
-			v, base := r.value(name, m), r.value(r.Against, m)
-			if math.IsNaN(v) || name == r.Against || math.IsNaN(base) || base == 0 || m.unit == "" {
+			v, ratio := r.value(name, m), r.ratio(name, r.Against, m)
+			if math.IsNaN(ratio) || math.IsInf(ratio, 0) || name == r.Against || m.unit == "" {
 				fmt.Fprintf(&b, " %s |", number(v))
 				continue
 			}
-			fmt.Fprintf(&b, " %s (%.2f×) |", number(v), v/base)
+			fmt.Fprintf(&b, " %s (%.2f×) |", number(v), ratio)
 		}
 		b.WriteString("\n")
 	}
-	fmt.Fprintf(&b, "\nMedians, %d rounds; in parentheses the ratio to %s.", r.Rounds, r.Against)
+	fmt.Fprintf(&b, "\nMedians, %d rounds; in parentheses the ratio to %s, the median of those within a turn.", r.Rounds, r.Against)
 	for _, name := range slices.Sorted(keys(r.Absent)) {
 		fmt.Fprintf(&b, " Not taking part: %s (%s).", name, r.Absent[name])
 	}

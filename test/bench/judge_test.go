@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"math"
 	"slices"
 	"strings"
 	"testing"
@@ -45,6 +46,25 @@ func TestJudge(t *testing.T) {
 	}
 	if n := strings.Count(got, "\n"); n != 6 {
 		t.Errorf("%d lines, but two goals were measured:\n%s", n, got)
+	}
+}
+
+// A machine that is slow during a turn is slow for both; ratios of medians of all turns would say
+// here that the two are alike.
+func TestRatiosWithinTurns(t *testing.T) {
+	s := relays(false)
+	r := s.result(1)
+	r.Order = []string{"Culvert", "HAProxy"}
+	r.Samples["Culvert"] = map[string][]float64{"one stream": {10, 20, 40}}
+	r.Samples["HAProxy"] = map[string][]float64{"one stream": {8, 20, 32}}
+	if v := r.ratio("HAProxy", "Culvert", s.metrics[0]); v != 0.8 {
+		t.Errorf("%v, want 0.8", v)
+	}
+	if !strings.Contains(r.table(), "| HAProxy | 20.0 (0.80×) |") {
+		t.Errorf("another ratio in\n%s", r.table())
+	}
+	if v := r.ratio("HAProxy", "Culvert", s.metrics[1]); !math.IsNaN(v) {
+		t.Errorf("%v of nothing", v)
 	}
 }
 

@@ -39,7 +39,7 @@ func relays(brief bool) *suite {
 		return contender{name: name, ours: name == "Culvert", start: func(t *testing.T, l *labtest.Lab) candidate { return newRelay(t, l, name, brief, up) }}
 	}
 	s := &suite{
-		name: "relay", title: "Services without a tunnel: site → transparent proxy → pod", against: "Culvert", turns: 3,
+		name: "relay", title: "Services without a tunnel: site → transparent proxy → pod", against: "Culvert", turns: 10, glances: 40,
 		metrics: []metric{{name: "one stream", unit: "Gbit/s"}, {name: "eight", unit: "Gbit/s"}, {name: "CPU", unit: "s/GB", less: true}, {name: "new connections", unit: "1/s"}, {name: "first byte", unit: "ms", less: true}},
 		contenders: []contender{
 			start("Culvert", culvertRelay),
@@ -52,7 +52,7 @@ func relays(brief bool) *suite {
 		s.contenders[1+i].absent = needs("haproxy")
 	}
 	if brief {
-		s.turns = 1
+		s.turns, s.glances = 1, 1
 	}
 	return s
 }
@@ -106,25 +106,15 @@ func haproxyRelay(options string) func(*reversal) {
 	}
 }
 
+func (r relayed) glance(t *testing.T) figures { return r.connections(t, 50) }
+
 func (r relayed) measure(t *testing.T) figures {
 	t.Helper()
 	out := figures{}
-	n, size := 300, int64(1<<30)
+	size := int64(512 << 20)
 	if r.brief {
-		n, size = 20, 16<<20
+		size = 16 << 20
 	}
-	var took []float64
-	begin := time.Now()
-	for range n {
-		one := time.Now()
-		c, err := r.open()
-		if err != nil {
-			t.Fatalf("%s: %v", r.name, err)
-		}
-		took = append(took, time.Since(one).Seconds()*1e3)
-		_ = c.Close()
-	}
-	out["new connections"], out["first byte"] = float64(n)/time.Since(begin).Seconds(), median(took)
 	cpu := processorTime(r.pids...)
 	for streams, name := range map[int]string{1: "one stream", 8: "eight"} {
 		seconds, err := r.download(streams, size/int64(streams))

@@ -138,24 +138,11 @@ func (r *reversal) measure(t *testing.T) figures {
 			t.Fatalf("%s: %v", r.name, err)
 		}
 	}
-	latency := func(n int) []float64 {
-		t.Helper()
-		var took []float64
-		for range n {
-			begin := time.Now()
-			c, err := r.open()
-			must(err)
-			took = append(took, time.Since(begin).Seconds()*1e3)
-			_ = c.Close()
-		}
-		slices.Sort(took)
-		return took
-	}
-	opens := latency(n)
-	out["open"], out["open p99"] = median(opens), opens[len(opens)*99/100]
+	opens := r.latencies(t, n)
+	out["open"], out["open p99"] = median(opens), quantile(opens, 0.99)
 	for _, rtt := range []int{10, 40} {
 		r.way.delay(time.Duration(rtt) * time.Millisecond)
-		out[fmt.Sprintf("open, %d ms RTT", rtt)] = median(latency(5))
+		out[fmt.Sprintf("open, %d ms RTT", rtt)] = median(r.latencies(t, 5))
 	}
 	r.way.delay(0)
 	out["100 at once, p99"] = r.burst(t, n)
@@ -180,6 +167,51 @@ func (r *reversal) measure(t *testing.T) figures {
 	out["echo, one reader stalled"] = r.echo(t, n)
 	_ = stalled.Close()
 	r.idle(t, out, n)
+	return out
+}
+
+// latencies are how long n connections take that follow one another, in milliseconds.
+func (r *reversal) latencies(t *testing.T, n int) []float64 {
+	t.Helper()
+	var took []float64
+	for range n {
+		begin := time.Now()
+		c, err := r.open()
+		if err != nil {
+			t.Fatalf("%s: %v", r.name, err)
+		}
+		took = append(took, time.Since(begin).Seconds()*1e3)
+		_ = c.Close()
+	}
+	return took
+}
+
+// connections is what n connections that follow one another take, and how many of eight clients get
+// through in a second.
+func (r *reversal) connections(t *testing.T, n int) figures {
+	t.Helper()
+	out := figures{"first byte": median(r.latencies(t, n))}
+	const clients = 8
+	errs := make([]error, clients)
+	begin := time.Now()
+	var wg sync.WaitGroup
+	for i := range clients {
+		wg.Go(func() {
+			for range n {
+				c, err := r.open()
+				if err != nil {
+					errs[i] = err
+					return
+				}
+				_ = c.Close()
+			}
+		})
+	}
+	wg.Wait()
+	if err := errors.Join(errs...); err != nil {
+		t.Fatalf("%s: %d clients: %v", r.name, clients, err)
+	}
+	out["new connections"] = float64(clients*n) / time.Since(begin).Seconds()
 	return out
 }
 

@@ -40,9 +40,12 @@ func servicePath(brief bool) *suite {
 		metrics: []metric{
 			{name: "one stream", unit: "Gbit/s"}, {name: "new connections", unit: "1/s"}, {name: "first byte", unit: "ms", less: true}, {name: "first byte p99", unit: "ms", less: true}, {name: "an endpoint changes", unit: "ms", less: true},
 		},
+		glances:    40,
 		contenders: []contender{start("Translate, 10 services", "Translate", 10), start("Proxy, 10 services", "Proxy", 10), haproxy(10, "10")},
 	}
-	if !brief {
+	if brief {
+		s.glances = 1
+	} else {
 		s.contenders = append(s.contenders, start("Route, kube-proxy, 10 services", "Route", 10), start("Translate, 1,000 services", "Translate", 1000), start("Translate, 10,000 services", "Translate", 10000),
 			start("Proxy, 1,000 services", "Proxy", 1000), start("Proxy, 10,000 services", "Proxy", 10000), haproxy(1000, "1,000"), haproxy(10000, "10,000"),
 			start("Route, kube-proxy, 1,000 services", "Route", 1000), start("Route, kube-proxy, 10,000 services", "Route", 10000))
@@ -200,26 +203,16 @@ func (s *serving) open() (net.Conn, byte, error) {
 	return c, b[0], nil
 }
 
+func (s *serving) glance(t *testing.T) figures { return s.connections(t, 20) }
+
 func (s *serving) measure(t *testing.T) figures {
 	t.Helper()
 	out := figures{}
-	n, size := 1000, int64(256<<20)
+	n, size := 500, int64(256<<20)
 	if s.brief {
 		n, size = 20, 16<<20
 	}
-	var took []float64
-	begin := time.Now()
-	for range n {
-		one := time.Now()
-		c, _, err := s.open()
-		if err != nil {
-			t.Fatalf("%s: %v", s.name, err)
-		}
-		took = append(took, time.Since(one).Seconds()*1e3)
-		_ = c.Close()
-	}
-	out["new connections"] = float64(n) / time.Since(begin).Seconds()
-	out["first byte"], out["first byte p99"] = median(took), quantile(took, 0.99)
+	out["first byte p99"] = quantile(s.latencies(t, n), 0.99)
 	seconds, err := s.download(1, size)
 	if err != nil {
 		t.Fatalf("%s: %v", s.name, err)

@@ -318,13 +318,10 @@ func agentProcess(t *testing.T, n *cluster.Node) int {
 			if !strings.HasPrefix(string(line), "culvert\x00agent\x00") {
 				continue
 			}
-			// A thread that set something in a pod's namespace stays there when it is the first one.
-			threads, _ := filepath.Glob(d + "/task/*/ns/net")
-			for _, thread := range threads {
-				if ns, err := os.Stat(thread); err == nil && os.SameFile(ns, want) {
-					pid, err = strconv.Atoi(filepath.Base(d))
-					return err
-				}
+			// The first thread's: no pod's, whatever the agent set there.
+			if ns, err := os.Stat(d + "/ns/net"); err == nil && os.SameFile(ns, want) {
+				pid, err = strconv.Atoi(filepath.Base(d))
+				return err
 			}
 		}
 		return errors.New("there is none")
