@@ -6,6 +6,11 @@ SHELL := /bin/bash
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo unknown)
 LDFLAGS := -s -w -X github.com/culvert-vpn/culvert/internal/process.version=$(VERSION)
 
+# One way to compile for the program, its tests and all tools: what they share is then compiled once. (For
+# "go test -race": CGO_ENABLED=1.)
+export CGO_ENABLED ?= 0
+export GOFLAGS := $(filter-out -trimpath,$(GOFLAGS)) -trimpath
+
 .PHONY: help
 help: ## this list
 	@echo "Culvert: a VPN that lives in a Kubernetes cluster. Verbs:"

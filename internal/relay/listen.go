@@ -73,8 +73,8 @@ func (r *Relay) open(ctx context.Context, kind socketKind) (*listener, error) {
 	var serve func()
 	switch kind.protocol {
 	case netstate.TCP:
-		lc := net.ListenConfig{Control: listenControl, KeepAliveConfig: keepAlive}
-		lc.SetMultipathTCP(false) // a plain socket: TPROXY and splice(2) know no other
+		lc := net.ListenConfig{Control: listenControl, KeepAlive: -1} // what is accepted inherits it (socket_linux.go)
+		lc.SetMultipathTCP(false)                                     // a plain socket: TPROXY and splice(2) know no other
 		socket, err := lc.Listen(ctx, kind.network(), kind.address().String())
 		if err != nil {
 			return nil, err

@@ -7,6 +7,7 @@ import (
 	"net/netip"
 	"strings"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -23,6 +24,8 @@ func listenControl(network, _ string, c syscall.RawConn) error {
 			return err
 		}
 		switch network {
+		case "tcp4", "tcp6":
+			return keepAlives(fd)
 		case "udp4":
 			forceReceiveBuffer(fd)
 			return unix.SetsockoptInt(fd, unix.SOL_IP, unix.IP_RECVORIGDSTADDR, 1)
@@ -32,6 +35,17 @@ func listenControl(network, _ string, c syscall.RawConn) error {
 		}
 		return nil
 	})
+}
+
+// keepAlives sets keepAlive on a listening socket. The kernel gives it to each connection that is accepted,
+// which would take package net four system calls.
+func keepAlives(fd int) error {
+	seconds := func(d time.Duration) int { return int(d / time.Second) }
+	return errors.Join(
+		unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_KEEPALIVE, 1),
+		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPIDLE, seconds(keepAlive.Idle)),
+		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPINTVL, seconds(keepAlive.Interval)),
+		unix.SetsockoptInt(fd, unix.IPPROTO_TCP, unix.TCP_KEEPCNT, keepAlive.Count))
 }
 
 // replyControl prepares a UDP socket that is bound to a service's address.

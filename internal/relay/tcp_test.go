@@ -42,6 +42,31 @@ func TestTCPReachesAnEndpointFromTheGatewaysAddress(t *testing.T) {
 	}
 }
 
+// Both sockets of an idle connection have the kernel look for a dead peer.
+func TestKeepAlives(t *testing.T) {
+	n := newNetwork(t, Options{})
+	n.serveTCP("10.2.0.2:8080", echo)
+	n.serveTCP("[fd02::2]:8080", echo)
+	n.set(port(netstate.TCP, "10.96.0.1:80", "10.2.0.2:8080"), port(netstate.TCP, "[fd96::1]:80", "[fd02::2]:8080"))
+	for _, service := range []string{"10.96.0.1:80", "[fd96::1]:80"} {
+		if got := ask(t, n.dial("tcp", service), "hello"); got != "hello" {
+			t.Fatalf("%s answered %q", service, got)
+		}
+	}
+	labtest.Eventually(t, 10*time.Second, "keep-alive timers of two minutes", func() error {
+		var timers []string
+		for line := range strings.Lines(n.gateway.Run("ss", "-Htno", "state", "established")) {
+			if strings.Contains(line, "timer:(keepalive,1min5") {
+				timers = append(timers, line)
+			}
+		}
+		if len(timers) != 4 {
+			return fmt.Errorf("%d of four sockets have one: %q", len(timers), n.gateway.Run("ss", "-Htno"))
+		}
+		return nil
+	})
+}
+
 // Each side may end its direction first, and the other goes on.
 func TestHalfCloseIsPassedOnBothWays(t *testing.T) {
 	n := newNetwork(t, Options{})
