@@ -11,6 +11,9 @@ LDFLAGS := -s -w -X github.com/culvert-vpn/culvert/internal/process.version=$(VE
 export CGO_ENABLED ?= 0
 export GOFLAGS := $(filter-out -trimpath,$(GOFLAGS)) -trimpath
 
+# Compilers take a fifth less processor time with it, and more memory.
+COMPILER_GOGC ?= 400
+
 .PHONY: help
 help: ## this list
 	@echo "Culvert: a VPN that lives in a Kubernetes cluster. Verbs:"
@@ -24,7 +27,7 @@ setup: ## install the Debian packages that building, tests and the demo need (as
 .PHONY: build
 build: ## bin/culvert and, once it exists, bin/culvert-tunnel
 	@mkdir -p bin
-	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
+	GOGC=$(COMPILER_GOGC) CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o bin/ ./cmd/...
 
 .PHONY: generate
 generate: ## deep copies and CRDs from the types in api/
@@ -48,7 +51,7 @@ check-format:
 
 check-vet:
 	@hack/layer.sh "go vet"
-	@go vet ./...
+	@GOGC=$(COMPILER_GOGC) go vet ./...
 
 check-lint:
 	@hack/layer.sh "golangci-lint"
