@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one layer of tests: test.sh unit|netlab|kernel|cluster|cilium. Each package runs in exactly one.
+# Runs one layer of tests: test.sh unit|netlab|measuring|kernel|cluster|cilium. Each package runs in exactly one.
 # ARGS="-run TestX -count=1" is passed on to go test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -101,16 +101,21 @@ netlab)
 	fi
 	# shellcheck disable=SC2046,SC2086 # one word per package
 	if [[ " ${ARGS:-}" != *" -run"* ]]; then
-		# Most of them wait most of the time: several packages at a time, the longest first; then what
-		# measures, alone.
+		# Most of them wait most of the time: several packages at a time, the longest first.
 		fresh netlab "$module/test/netlab" $(grep -v "^$module/test/netlab$" <<<"$all")
-		run -timeout 15m -p 2 -skip "$measuring"
-		fresh measuring $(measures $all)
-		run -timeout 15m -p 1 -run "$measuring"
+		run -timeout 15m -p 3 -skip "$measuring"
 	else
 		fresh netlab $all
 		run -timeout 15m -p 1
 	fi
+	;;
+measuring)
+	# shellcheck disable=SC2046 # one word per package
+	packages=$(measures $(namespaces))
+	hack/layer.sh "tests that measure, in network namespaces: $(wc -w <<<"$packages") packages"
+	# shellcheck disable=SC2086 # one word per package
+	fresh measuring $packages
+	run -timeout 15m -p 1 -run "$measuring"
 	;;
 kernel)
 	hack/layer.sh "tests on Debian's stock kernel in a virtual machine"
@@ -145,7 +150,7 @@ cilium)
 	fi
 	;;
 *)
-	echo "usage: $0 unit|netlab|kernel|cluster|cilium" >&2
+	echo "usage: $0 unit|netlab|measuring|kernel|cluster|cilium" >&2
 	exit 2
 	;;
 esac

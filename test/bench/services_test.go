@@ -218,7 +218,11 @@ func (s *serving) measure(t *testing.T) figures {
 		t.Fatalf("%s: %v", s.name, err)
 	}
 	out["one stream"] = float64(size) * 8 / seconds / 1e9
-	out["an endpoint changes"] = s.moves(t)
+	var changes []float64
+	for begin := time.Now(); len(changes) == 0 || !s.brief && len(changes) < 7 && time.Since(begin) < 2*time.Second; {
+		changes = append(changes, s.moves(t)) // some take seconds
+	}
+	out["an endpoint changes"] = median(changes)
 	return out
 }
 

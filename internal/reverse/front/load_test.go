@@ -218,7 +218,7 @@ func TestOneStreamIsAsFastAsHAProxy(t *testing.T) {
 			"\tuse_backend a if { req_ssl_sni -i a.example.com }\nbackend a\n\tserver a %s\n", option, address, sink.address))
 		candidates = append(candidates, candidate{name: name, address: address, pid: pid})
 	}
-	for range 9 { // fixed: to go on until the figures please would prove nothing
+	for range int(labtest.Goal(9, 5)) { // fixed: to go on until the figures please would prove nothing
 		for i := range candidates {
 			candidates[i].measure(t, hello)
 		}
