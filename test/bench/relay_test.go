@@ -39,7 +39,7 @@ func relays(brief bool) *suite {
 		return contender{name: name, ours: name == "Culvert", start: func(t *testing.T, l *labtest.Lab) candidate { return newRelay(t, l, name, brief, up) }}
 	}
 	s := &suite{
-		name: "relay", title: "Services without a tunnel: site → transparent proxy → pod", against: "Culvert", turns: 10, glances: 40,
+		name: "relay", title: "Services without a tunnel: site → transparent proxy → pod", against: "Culvert", turns: 6, glances: 25,
 		metrics: []metric{{name: "one stream", unit: "Gbit/s"}, {name: "eight", unit: "Gbit/s"}, {name: "CPU", unit: "s/GB", less: true}, {name: "new connections", unit: "1/s"}, {name: "first byte", unit: "ms", less: true}},
 		contenders: []contender{
 			start("Culvert", culvertRelay),

@@ -40,7 +40,7 @@ func servicePath(brief bool) *suite {
 		metrics: []metric{
 			{name: "one stream", unit: "Gbit/s"}, {name: "new connections", unit: "1/s"}, {name: "first byte", unit: "ms", less: true}, {name: "first byte p99", unit: "ms", less: true}, {name: "an endpoint changes", unit: "ms", less: true},
 		},
-		glances:    40,
+		glances:    25,
 		contenders: []contender{start("Translate, 10 services", "Translate", 10), start("Proxy, 10 services", "Proxy", 10), haproxy(10, "10")},
 	}
 	if brief {
