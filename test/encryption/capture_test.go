@@ -1,10 +1,7 @@
 package encryption
 
 import (
-	"encoding/binary"
-	"errors"
 	"fmt"
-	"net"
 	"net/netip"
 	"slices"
 	"strings"
@@ -17,106 +14,27 @@ import (
 	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 )
 
-// packet is what a capture knows of one.
-type packet struct {
-	src, dst     netip.Addr
-	protocol     byte
-	sport, dport uint16
-	icmp         byte // type
-}
-
-func (p packet) String() string {
-	return fmt.Sprintf("%s:%d → %s:%d protocol %d icmp %d", p.src, p.sport, p.dst, p.dport, p.protocol, p.icmp)
-}
-
-// capture sees the packets on a link, both ways.
+// capture counts the packets on a link, both ways.
 type capture struct {
 	where string
-	stop  func()
 	mu    sync.Mutex
-	all   map[packet]int
+	all   map[labtest.Packet]int
 }
 
 func sniff(t testing.TB, h *labtest.Host, link string) *capture {
 	t.Helper()
-	c := &capture{where: h.Name + " " + link, all: map[packet]int{}}
-	fd := -1
-	h.Do(func() (err error) {
-		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0) // nothing before it is bound to the link
-		if err != nil {
-			return err
-		}
-		i, err := net.InterfaceByName(link)
-		if err != nil {
-			return err
-		}
-		return errors.Join(
-			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20),
-			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 50_000}),
-			unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: i.Index}))
+	c := &capture{where: h.Name + " " + link, all: map[labtest.Packet]int{}}
+	labtest.Sniff(t, h, link, func(p labtest.Packet) {
+		p.Length = 0 // alike, however long
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.all[p]++
 	})
-	quit, done := make(chan struct{}), make(chan struct{})
-	c.stop = sync.OnceFunc(func() {
-		time.Sleep(20 * time.Millisecond) // what is on its way
-		close(quit)
-		<-done
-	})
-	t.Cleanup(c.stop)
-	go func() {
-		defer close(done)
-		defer func() { _ = unix.Close(fd) }()
-		c.read(fd, quit)
-	}()
 	return c
 }
 
-func htons(v uint16) uint16 { return v<<8 | v>>8 }
-
-func (c *capture) read(fd int, quit chan struct{}) {
-	buf := make([]byte, 65536)
-	for {
-		n, _, err := unix.Recvfrom(fd, buf, 0)
-		if err == nil {
-			if p, ok := parsePacket(buf[:n]); ok {
-				c.mu.Lock()
-				c.all[p]++
-				c.mu.Unlock()
-			}
-			continue
-		}
-		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) {
-			return
-		}
-		select {
-		case <-quit:
-			return
-		default:
-		}
-	}
-}
-
-func parsePacket(b []byte) (p packet, ok bool) {
-	var rest int // where the transport header begins
-	switch {
-	case len(b) >= 20 && b[0]>>4 == 4:
-		p.src, p.dst, p.protocol = netip.AddrFrom4([4]byte(b[12:16])), netip.AddrFrom4([4]byte(b[16:20])), b[9]
-		rest = int(b[0]&15) * 4
-		if binary.BigEndian.Uint16(b[6:])&0x1fff != 0 {
-			return p, true // not the first fragment: no ports
-		}
-	case len(b) >= 40 && b[0]>>4 == 6:
-		p.src, p.dst, p.protocol = netip.AddrFrom16([16]byte(b[8:24])), netip.AddrFrom16([16]byte(b[24:40])), b[6]
-		rest = 40
-	default:
-		return p, false
-	}
-	switch {
-	case (p.protocol == unix.IPPROTO_TCP || p.protocol == unix.IPPROTO_UDP) && len(b) >= rest+4:
-		p.sport, p.dport = binary.BigEndian.Uint16(b[rest:]), binary.BigEndian.Uint16(b[rest+2:])
-	case p.protocol == unix.IPPROTO_ICMPV6 && len(b) > rest:
-		p.icmp = b[rest]
-	}
-	return p, true
+func text(p labtest.Packet) string {
+	return fmt.Sprintf("%s:%d → %s:%d protocol %d icmp %d", p.Src, p.SPort, p.Dst, p.DPort, p.Protocol, p.ICMP)
 }
 
 // watch is captures at both ends of every wire.
@@ -144,7 +62,7 @@ func (w *watch) plain() (counts []int, first string) {
 		for p, times := range end.all {
 			if w.c.inClear(p) {
 				n += times
-				some = append(some, end.where+": "+p.String())
+				some = append(some, end.where+": "+text(p))
 			}
 		}
 		end.mu.Unlock()
@@ -160,7 +78,7 @@ func (w *watch) encrypted() (counts []int) {
 		end.mu.Lock()
 		n := 0
 		for p, times := range end.all {
-			if p.protocol == unix.IPPROTO_UDP && p.dport == wgPort && p.sport == wgPort {
+			if p.Protocol == unix.IPPROTO_UDP && p.DPort == wgPort && p.SPort == wgPort {
 				n += times
 			}
 		}
@@ -204,25 +122,25 @@ func (w *watch) forget() {
 }
 
 // inClear tells whether a packet is the cluster's and should have been encrypted.
-func (c *cluster) inClear(p packet) bool {
+func (c *cluster) inClear(p labtest.Packet) bool {
 	pod := func(a netip.Addr) bool {
 		return slices.ContainsFunc(c.podRanges, func(r netip.Prefix) bool { return r.Contains(a) })
 	}
-	if pod(p.src) || pod(p.dst) {
+	if pod(p.Src) || pod(p.Dst) {
 		return true
 	}
 	node := func(a netip.Addr) bool {
 		return slices.ContainsFunc(c.nodes, func(n *node) bool { return slices.Contains(n.model.Addresses, a) })
 	}
-	if !c.model.NodeEncryption.AllTraffic || !node(p.src) || !node(p.dst) {
+	if !c.model.NodeEncryption.AllTraffic || !node(p.Src) || !node(p.Dst) {
 		return false
 	}
 	switch {
-	case p.protocol == unix.IPPROTO_UDP && p.dport == wgPort && p.sport == wgPort:
+	case p.Protocol == unix.IPPROTO_UDP && p.DPort == wgPort && p.SPort == wgPort:
 		return false
-	case p.protocol == unix.IPPROTO_ICMPV6 && p.icmp >= 133 && p.icmp <= 137:
+	case p.Protocol == unix.IPPROTO_ICMPV6 && p.ICMP >= 133 && p.ICMP <= 137:
 		return false
-	case p.protocol == unix.IPPROTO_TCP && (p.dport == apiPort && p.dst == c.nodes[0].model.Addresses[0] || p.sport == apiPort && p.src == c.nodes[0].model.Addresses[0]):
+	case p.Protocol == unix.IPPROTO_TCP && (p.DPort == apiPort && p.Dst == c.nodes[0].model.Addresses[0] || p.SPort == apiPort && p.Src == c.nodes[0].model.Addresses[0]):
 		return false
 	}
 	return true

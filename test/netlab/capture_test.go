@@ -1,7 +1,6 @@
 package netlab
 
 import (
-	"encoding/binary"
 	"errors"
 	"net/netip"
 	"sync"
@@ -9,18 +8,8 @@ import (
 	"testing"
 	"time"
 
-	"golang.org/x/sys/unix"
-
 	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 )
-
-// packet is what a capture knows of one.
-type packet struct {
-	src, dst     netip.Addr
-	protocol     byte
-	sport, dport uint16
-	length       int // of the IP packet, bytes
-}
 
 // capture counts the packets on a link, both ways.
 type capture struct {
@@ -28,87 +17,24 @@ type capture struct {
 	total atomic.Int64
 	clear atomic.Int64 // from or to an inner range
 	mu    sync.Mutex
-	first packet // of those in clear
-	count func(packet)
+	first labtest.Packet // of those in clear
+	count func(labtest.Packet)
 }
 
 // sniff starts a capture on a link of a host; count, if not nil, sees every packet.
-func sniff(t testing.TB, h *labtest.Host, link string, count func(packet)) *capture {
+func sniff(t testing.TB, h *labtest.Host, link string, count func(labtest.Packet)) *capture {
 	t.Helper()
 	c := &capture{count: count}
-	fd := -1
-	h.Do(func() (err error) {
-		fd, err = unix.Socket(unix.AF_PACKET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, int(htons(unix.ETH_P_ALL)))
-		if err != nil {
-			return err
-		}
-		index, err := linkIndex(link)
-		if err != nil {
-			return err
-		}
-		return errors.Join(
-			unix.SetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_RCVBUFFORCE, 16<<20),
-			unix.SetsockoptTimeval(fd, unix.SOL_SOCKET, unix.SO_RCVTIMEO, &unix.Timeval{Usec: 50_000}),
-			unix.Bind(fd, &unix.SockaddrLinklayer{Protocol: htons(unix.ETH_P_ALL), Ifindex: index}))
-	})
-	quit, done := make(chan struct{}), make(chan struct{})
-	c.stop = sync.OnceFunc(func() {
-		time.Sleep(20 * time.Millisecond) // what is on its way
-		close(quit)
-		<-done
-	})
-	t.Cleanup(c.stop)
-	go func() {
-		defer close(done)
-		defer func() { _ = unix.Close(fd) }()
-		c.read(fd, quit)
-	}()
+	c.stop = labtest.Sniff(t, h, link, c.note)
 	return c
 }
 
-func htons(v uint16) uint16 { return v<<8 | v>>8 }
-
-func linkIndex(name string) (int, error) {
-	fd, err := unix.Socket(unix.AF_INET, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return 0, err
-	}
-	defer func() { _ = unix.Close(fd) }()
-	req, err := unix.NewIfreq(name)
-	if err != nil {
-		return 0, err
-	}
-	err = unix.IoctlIfreq(fd, unix.SIOCGIFINDEX, req)
-	return int(req.Uint32()), err
-}
-
-func (c *capture) read(fd int, quit chan struct{}) {
-	buf := make([]byte, 65536)
-	for {
-		n, _, err := unix.Recvfrom(fd, buf, 0)
-		if err == nil {
-			if p, ok := parsePacket(buf[:n]); ok {
-				c.note(p)
-			}
-			continue
-		}
-		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) {
-			return
-		}
-		select {
-		case <-quit:
-			return
-		default:
-		}
-	}
-}
-
-func (c *capture) note(p packet) {
+func (c *capture) note(p labtest.Packet) {
 	c.total.Add(1)
 	if c.count != nil {
 		c.count(p)
 	}
-	if !within(p.src, inner) && !within(p.dst, inner) {
+	if !within(p.Src, inner) && !within(p.Dst, inner) {
 		return
 	}
 	if c.clear.Add(1) == 1 {
@@ -116,28 +42,6 @@ func (c *capture) note(p packet) {
 		c.first = p
 		c.mu.Unlock()
 	}
-}
-
-func parsePacket(b []byte) (p packet, ok bool) {
-	p.length = len(b)
-	var rest int // of the bytes: where the transport header begins
-	switch {
-	case len(b) >= 20 && b[0]>>4 == 4:
-		p.src, p.dst, p.protocol = netip.AddrFrom4([4]byte(b[12:16])), netip.AddrFrom4([4]byte(b[16:20])), b[9]
-		rest = int(b[0]&15) * 4
-		if binary.BigEndian.Uint16(b[6:])&0x1fff != 0 {
-			return p, true // not the first fragment: no ports
-		}
-	case len(b) >= 40 && b[0]>>4 == 6:
-		p.src, p.dst, p.protocol = netip.AddrFrom16([16]byte(b[8:24])), netip.AddrFrom16([16]byte(b[24:40])), b[6]
-		rest = 40
-	default:
-		return p, false
-	}
-	if (p.protocol == unix.IPPROTO_TCP || p.protocol == unix.IPPROTO_UDP) && len(b) >= rest+4 {
-		p.sport, p.dport = binary.BigEndian.Uint16(b[rest:]), binary.BigEndian.Uint16(b[rest+2:])
-	}
-	return p, true
 }
 
 // leaks watches links of the underlay for packets in clear.
@@ -167,7 +71,7 @@ func (l *leaks) none() {
 		got, total := c.clear.Load(), c.total.Load()
 		t.Logf("link %s: %d packets in clear of %d", link, got, total)
 		if got != 0 || total == 0 {
-			t.Errorf("link %s: %d packets in clear of %d, want 0 of some; the first: %s → %s, protocol %d", link, got, total, c.first.src, c.first.dst, c.first.protocol)
+			t.Errorf("link %s: %d packets in clear of %d, want 0 of some; the first: %s → %s, protocol %d", link, got, total, c.first.Src, c.first.Dst, c.first.Protocol)
 		}
 		c.mu.Unlock()
 	}

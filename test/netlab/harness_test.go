@@ -38,7 +38,7 @@ func run(m *testing.M) int {
 	}
 	defer func() { _ = os.RemoveAll(dir) }()
 	program = filepath.Join(dir, "culvert")
-	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Minute) // where nothing is compiled yet
 	defer cancel()
 	build := exec.CommandContext(ctx, "go", "build", "-o", program, "../../cmd/culvert")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")

@@ -173,14 +173,14 @@ func TestSpoofedSource(t *testing.T) {
 
 	got := map[string]int{}
 	done := make(chan string, 1000)
-	c := sniff(t, n.web1, "eth0", func(p packet) {
-		if p.dport == port && p.protocol == unix.IPPROTO_UDP {
-			done <- p.src.String()
+	c := sniff(t, n.web1, "eth0", func(p labtest.Packet) {
+		if p.DPort == port && p.Protocol == unix.IPPROTO_UDP {
+			done <- p.Src.String()
 		}
 	})
-	c6 := sniff(t, n.node, "eth0", func(p packet) {
-		if p.dport == port && p.protocol == unix.IPPROTO_UDP {
-			done <- p.src.String()
+	c6 := sniff(t, n.node, "eth0", func(p labtest.Packet) {
+		if p.DPort == port && p.Protocol == unix.IPPROTO_UDP {
+			done <- p.Src.String()
 		}
 	})
 	for _, x := range []struct {
