@@ -69,7 +69,7 @@ test: setup build ## everything: set-up, build, check, then every layer of tests
 	chrt --idle 0 $(MAKE) --no-print-directory kubernetes >/dev/null 2>&1 & \
 	trap "kill $$! 2>/dev/null || true" EXIT; \
 	layer test-netlab; \
-	wait; \
+	wait; trap - EXIT; \
 	for name in kubernetes test-measuring test-cluster test-cilium test-kernel; do layer $$name; done; \
 	if [[ -n $$failed ]]; then echo "failed:$$failed" >&2; exit 1; fi
 	@hack/layer.sh "all layers passed"

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Runs one layer of tests: test.sh unit|netlab|measuring|kernel|cluster|cilium. Each package runs in exactly one.
+# Runs one layer of tests: test.sh unit|netlab|measuring|kernel|cluster|cilium. Each test runs in exactly one.
 # ARGS="-run TestX -count=1" is passed on to go test.
 set -euo pipefail
 cd "$(dirname "$0")/.."
