@@ -20,6 +20,7 @@ import (
 
 	"github.com/culvert-vpn/culvert/internal/cni"
 	"github.com/culvert-vpn/culvert/internal/model"
+	"github.com/culvert-vpn/culvert/internal/netstate"
 	"github.com/culvert-vpn/culvert/internal/nft"
 	"github.com/culvert-vpn/culvert/internal/plan"
 	"github.com/culvert-vpn/culvert/internal/process"
@@ -124,7 +125,7 @@ func (a *Agent) open() error {
 	if a.nft, err = nft.New(nft.Options{Logger: a.log}); err != nil {
 		return err
 	}
-	if a.route, err = route.New(route.Options{}); err != nil {
+	if a.route, err = route.New(route.Options{FollowedLink: netstate.EncryptionLink}); err != nil {
 		return err
 	}
 	a.pods = newPods(a.route)
@@ -248,7 +249,7 @@ func (a *Agent) steps(result plan.NodeResult, n node) []step {
 	first := append(a.encryption.before(s), step{"firewall", func(ctx context.Context) (int, error) { return a.nft.SetFirewall(ctx, s.Firewall) }})
 	return slices.Concat(first, a.encryption.device(s), []step{
 		{"links", func(ctx context.Context) (int, error) { return a.route.SetLinks(ctx, s.Links) }},
-		{"routes", func(ctx context.Context) (int, error) { return a.encryption.setRoutes(ctx, s) }},
+		{"routes", func(ctx context.Context) (int, error) { return a.route.SetRoutes(ctx, s.Routes, s.Rules) }},
 		{"pods", func(ctx context.Context) (int, error) { return a.pods.set(ctx, n.local, plan.GatewayPodSysctls()) }},
 		{"source verification", func(context.Context) (int, error) { return a.sources.set(n) }},
 		{"addresses", func(ctx context.Context) (int, error) { return a.setLinkAddresses(ctx, n) }},

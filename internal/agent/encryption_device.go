@@ -5,7 +5,6 @@ import (
 	"errors"
 	"log/slog"
 	"net"
-	"net/netip"
 
 	"github.com/culvert-vpn/culvert/internal/netstate"
 	"github.com/culvert-vpn/culvert/internal/wireguard"
@@ -48,22 +47,6 @@ func (e *encryption) moveForeign(ctx context.Context) (int, error) {
 	e.log.Log(ctx, level, "moved routes that others had put onto the encrypted link: the network plugin takes it for the way to the other nodes",
 		"link", netstate.EncryptionLink, "routes", n)
 	return 0, err
-}
-
-// setRoutes sets all routes. When the way to other nodes changes, open connections take the
-// new one at once.
-func (e *encryption) setRoutes(ctx context.Context, s netstate.State) (int, error) {
-	changed, err := e.route.SetRoutes(ctx, s.Routes, s.Rules)
-	var destinations []netip.Prefix
-	for _, r := range s.Routes {
-		if r.Link == netstate.EncryptionLink {
-			destinations = append(destinations, r.Destination)
-		}
-	}
-	if changed > 0 {
-		err = errors.Join(err, e.route.Reconsider(ctx, destinations))
-	}
-	return changed, err
 }
 
 func exists(link string) bool {

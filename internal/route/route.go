@@ -14,6 +14,7 @@ package route
 import (
 	"errors"
 	"fmt"
+	"net/netip"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -42,6 +43,9 @@ type Options struct {
 	MinPriority, MaxPriority int
 	// SysctlDir is where the kernel settings are. Empty: "/proc/sys".
 	SysctlDir string
+	// FollowedLink is the link whose routes open sockets follow at once. Empty: none, an IPv6 socket
+	// may go on by the way that it has found, for as long as its connection lives.
+	FollowedLink string
 }
 
 // Route applies network configuration in one network namespace. Its methods may be
@@ -56,7 +60,8 @@ type Route struct {
 	mu      sync.Mutex // one Set, Observe or Close at a time
 	watched bool
 	closed  bool
-	set     map[string]bool // names of the links that SetLinks was given
+	set     map[string]bool       // names of the links that SetLinks was given
+	stale   map[netip.Prefix]bool // destinations that open sockets may reach by an earlier way
 }
 
 // New opens the kernel's interface in the network namespace of the calling thread. The
@@ -93,7 +98,7 @@ func New(o Options) (*Route, error) {
 		h.Close()
 		return nil, fmt.Errorf("subscribe to netlink: %w", err)
 	}
-	return &Route{options: o, h: h, events: events, set: map[string]bool{}}, nil
+	return &Route{options: o, h: h, events: events, set: map[string]bool{}, stale: map[netip.Prefix]bool{}}, nil
 }
 
 // Detach ends the use of the kernel's interface and leaves everything in place, for the

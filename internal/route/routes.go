@@ -41,7 +41,8 @@ type routeKey struct {
 // after the routes that they lead to, so that at no time a range that has a route before
 // and after follows another one in between. Routes through a link that is not there are
 // left out and reported as one *MissingLinkError per link. A foreign route in the place of
-// one of ours is an error and stays.
+// one of ours is an error and stays. Open sockets follow new routes over Options.FollowedLink
+// at once, and all of them when a rule changes.
 func (r *Route) SetRoutes(ctx context.Context, routes []netstate.Route, rules []netstate.Rule) (changed int, err error) {
 	if err := ctx.Err(); err != nil {
 		return 0, err
@@ -55,7 +56,13 @@ func (r *Route) SetRoutes(ctx context.Context, routes []netstate.Route, rules []
 	n, routesErr := r.setRoutes(routes, links)
 	changed += n
 	n, rulesErr := r.setRules(rules)
-	return changed + n, errors.Join(routesErr, rulesErr)
+	changed += n
+	if n > 0 { // Linux does it by itself since 2024 (6.9, and stable releases from 4.19)
+		for _, w := range routes {
+			r.outdate(w)
+		}
+	}
+	return changed, errors.Join(routesErr, rulesErr, r.reconsider(ctx))
 }
 
 func (r *Route) setRoutes(routes []netstate.Route, links map[string]netlink.Link) (changed int, err error) {
@@ -86,6 +93,7 @@ func (r *Route) setRoutes(routes []netstate.Route, links map[string]netlink.Link
 			continue
 		}
 		changed++
+		r.outdate(w)
 		// Replacing takes the place of the first.
 		keep[key(w)] = w
 		byKey[key(w)] = old[min(1, len(old)):]

@@ -196,7 +196,7 @@ func (n *node) open() error {
 	}
 	return n.inside(func() error {
 		var errs [4]error
-		n.route, errs[0] = route.New(route.Options{})
+		n.route, errs[0] = route.New(route.Options{FollowedLink: netstate.EncryptionLink})
 		n.nft, errs[1] = nft.New(nft.Options{})
 		n.guard, errs[2] = guard.New(guard.Options{File: n.file})
 		n.wg, errs[3] = wireguard.New(wireguard.Options{})
@@ -246,17 +246,7 @@ func (n *node) set() (changed int, err error) {
 			func() (int, error) { return n.route.MoveForeign(ctx, netstate.EncryptionLink) },
 			func() (int, error) { return n.wg.Set(ctx, s.WireGuard) },
 			func() (int, error) { return n.route.SetLinks(ctx, s.Links) },
-			func() (int, error) {
-				changed, err := n.route.SetRoutes(ctx, s.Routes, s.Rules)
-				var destinations []netip.Prefix
-				for _, r := range s.Routes {
-					destinations = append(destinations, r.Destination)
-				}
-				if changed > 0 {
-					err = errors.Join(err, n.route.Reconsider(ctx, destinations))
-				}
-				return changed, err
-			},
+			func() (int, error) { return n.route.SetRoutes(ctx, s.Routes, s.Rules) },
 			func() (int, error) {
 				if s.Guard != nil {
 					return 0, nil

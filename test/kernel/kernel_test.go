@@ -30,7 +30,7 @@ var suites = []suite{
 	{pkg: "./test/encryption", run: "TestPods|TestAll|TestUndoneByHand|TestPeerRemoved|TestSpoofed"},
 	{pkg: "./internal/ipsec", skip: "TestExternalDaemon|TestHostileStrings|TestKeysAreNowhere|TestInitiateNever|TestPresharedKeyCarriesTraffic|TestTwoKeys|TestPortIsTaken|" +
 		"TestFailureWithCertificates/(expired|not_yet|stale|another)|TestFailureWithPresharedKey/(wrong|unknown|SHA|modp|weak|other|nobody)"},
-	{pkg: "./internal/route", run: "TestXFRMLinks|TestSecondSet|TestUnreachableBehind"},
+	{pkg: "./internal/route", run: "TestXFRMLinks|TestSecondSet|TestUnreachableBehind|TestSocketsFollow"},
 }
 
 // suite is a package and its tests; goals are those that run beside run where CULVERT_GOALS is set, since
