@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/culvert-vpn/culvert/internal/netstate"
+	"github.com/culvert-vpn/culvert/internal/tcpconn"
 )
 
 // keepAlive finds dead peers of idle connections within about three minutes.
@@ -33,13 +34,13 @@ func (t *tcpRelay) init(o Options) {
 // tcpConn is one relayed connection.
 type tcpConn struct {
 	key    serviceKey
-	client *net.TCPConn
+	client *tcpconn.Conn
 	clock  idleClock
 	cancel context.CancelFunc // ends a dial under way
 
 	mu       sync.Mutex
 	ended    bool
-	endpoint *net.TCPConn // nil while it is dialled
+	endpoint *tcpconn.Conn // nil while it is dialled
 }
 
 // acceptTCP serves a listening socket until it is closed.
@@ -63,18 +64,18 @@ func (r *Relay) acceptTCP(l *net.TCPListener) {
 		source := addrPort(client.RemoteAddr()).Addr()
 		if reason, ok := r.tcp.limit.acquire(source); !ok {
 			r.tcp.refuse(reason)
-			reset(client)
+			tcpconn.Reset(client)
 			continue
 		}
 		r.wg.Go(func() {
 			defer r.tcp.limit.release(source)
-			r.serveTCP(client, source)
+			r.serveTCP(tcpconn.New(client), source)
 		})
 	}
 }
 
 // serveTCP relays one accepted connection to its end.
-func (r *Relay) serveTCP(client *net.TCPConn, source netip.Addr) {
+func (r *Relay) serveTCP(client *tcpconn.Conn, source netip.Addr) {
 	ctx, cancel := context.WithCancel(r.ctx)
 	defer cancel()
 	c := &tcpConn{
@@ -104,7 +105,7 @@ func (r *Relay) serveTCP(client *net.TCPConn, source netip.Addr) {
 }
 
 // pump moves bytes one way until the source ends; any other end resets the connection.
-func (r *Relay) pump(c *tcpConn, dst, src *net.TCPConn, count *atomic.Uint64) {
+func (r *Relay) pump(c *tcpConn, dst, src *tcpconn.Conn, count *atomic.Uint64) {
 	err := r.pipes.Copy(dst, src, func(n int) {
 		count.Add(uint64(n))
 		c.clock.touch()
@@ -115,7 +116,7 @@ func (r *Relay) pump(c *tcpConn, dst, src *net.TCPConn, count *atomic.Uint64) {
 }
 
 // dialTCP connects to an endpoint of the service; nil comes with the reason.
-func (r *Relay) dialTCP(ctx context.Context, key serviceKey, source netip.Addr) (*net.TCPConn, Reason) {
+func (r *Relay) dialTCP(ctx context.Context, key serviceKey, source netip.Addr) (*tcpconn.Conn, Reason) {
 	s := r.table.Load().lookup(key.protocol, key.address)
 	if s == nil {
 		return nil, RefusedUnknown
@@ -131,7 +132,7 @@ func (r *Relay) dialTCP(ctx context.Context, key serviceKey, source netip.Addr) 
 			r.failures.remove(e)
 			r.chosen(s, source, e)
 			tcp, _ := conn.(*net.TCPConn)
-			return tcp, ""
+			return tcpconn.New(tcp), ""
 		}
 		if ctx.Err() != nil {
 			break
@@ -142,11 +143,11 @@ func (r *Relay) dialTCP(ctx context.Context, key serviceKey, source netip.Addr) 
 }
 
 // attach adds the endpoint's connection, or closes it when c has ended meanwhile.
-func (c *tcpConn) attach(endpoint *net.TCPConn) bool {
+func (c *tcpConn) attach(endpoint *tcpconn.Conn) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ended {
-		reset(endpoint)
+		tcpconn.Reset(endpoint)
 		return false
 	}
 	c.endpoint = endpoint
@@ -162,9 +163,9 @@ func (c *tcpConn) end() {
 	}
 	c.ended = true
 	c.cancel()
-	reset(c.client)
+	tcpconn.Reset(c.client)
 	if c.endpoint != nil {
-		reset(c.endpoint)
+		tcpconn.Reset(c.endpoint)
 	}
 }
 
@@ -178,12 +179,6 @@ func (c *tcpConn) close() {
 	c.ended = true
 	_ = c.client.Close()
 	_ = c.endpoint.Close()
-}
-
-// reset closes a connection so that its peer sees RST.
-func reset(c *net.TCPConn) {
-	_ = c.SetLinger(0)
-	_ = c.Close()
 }
 
 func (t *tcpRelay) add(c *tcpConn) {

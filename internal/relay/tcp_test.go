@@ -16,6 +16,7 @@ import (
 
 	"github.com/culvert-vpn/culvert/internal/lab/labtest"
 	"github.com/culvert-vpn/culvert/internal/netstate"
+	"github.com/culvert-vpn/culvert/internal/tcpconn"
 )
 
 func TestTCPReachesAnEndpointFromTheGatewaysAddress(t *testing.T) {
@@ -115,7 +116,7 @@ func TestResetIsPassedOnBothWays(t *testing.T) {
 	n := newNetwork(t, Options{})
 	n.serveTCP("10.2.0.2:1", func(c *net.TCPConn) {
 		_, _ = c.Read(make([]byte, 1))
-		reset(c)
+		tcpconn.Reset(c)
 	})
 	saw := make(chan error, 1)
 	n.serveTCP("10.2.0.2:2", func(c *net.TCPConn) {
@@ -131,9 +132,61 @@ func TestResetIsPassedOnBothWays(t *testing.T) {
 	}
 	c = n.dial("tcp", "10.96.0.1:2")
 	_, _ = c.Read(make([]byte, 1))
-	reset(asTCP(c))
+	tcpconn.Reset(asTCP(c))
 	if err := <-saw; !errors.Is(err, syscall.ECONNRESET) {
 		t.Errorf("the endpoint sees %v, want a reset", err)
+	}
+	n.eventuallyOpen(0)
+}
+
+// The same while the other side sends: the kernel may tell of the reset only who writes.
+func TestResetWhileTheOtherSends(t *testing.T) {
+	n := newNetwork(t, Options{})
+	send := func(c net.Conn) {
+		for {
+			if _, err := c.Write([]byte("more")); err != nil {
+				return
+			}
+		}
+	}
+	ended := func(c *tcpconn.Conn) error {
+		_, err := c.Read(make([]byte, 1))
+		if errors.Is(err, io.EOF) { // its own write may have been told of the reset
+			return c.Ended()
+		}
+		return err
+	}
+	halfRead, saw := make(chan struct{}), make(chan error)
+	n.serveTCP("10.2.0.2:1", func(c *net.TCPConn) {
+		_, _ = c.Write([]byte("half"))
+		<-halfRead
+		tcpconn.Reset(c)
+	})
+	n.serveTCP("10.2.0.2:2", func(tcp *net.TCPConn) {
+		c := tcpconn.New(tcp)
+		go send(c)
+		_, _ = io.ReadFull(c, make([]byte, 4))
+		halfRead <- struct{}{}
+		saw <- ended(c)
+		_ = c.Close()
+	})
+	n.set(port(netstate.TCP, "10.96.0.1:1", "10.2.0.2:1"), port(netstate.TCP, "10.96.0.1:2", "10.2.0.2:2"))
+	for i := range 100 {
+		c := tcpconn.New(asTCP(n.dial("tcp", "10.96.0.1:1")))
+		go send(c)
+		_, _ = io.ReadFull(c, make([]byte, 4))
+		halfRead <- struct{}{}
+		if err := ended(c); !errors.Is(err, syscall.ECONNRESET) {
+			t.Fatalf("connection %d: the client sees an end (%v), want a reset", i, err)
+		}
+		_ = c.Close()
+		other := n.dial("tcp", "10.96.0.1:2")
+		_, _ = other.Write([]byte("half"))
+		<-halfRead
+		tcpconn.Reset(asTCP(other))
+		if err := <-saw; !errors.Is(err, syscall.ECONNRESET) {
+			t.Fatalf("connection %d: the endpoint sees an end (%v), want a reset", i, err)
+		}
 	}
 	n.eventuallyOpen(0)
 }

@@ -9,11 +9,11 @@ package splice
 import (
 	"errors"
 	"io"
-	"net"
 	"sync"
-	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/culvert-vpn/culvert/internal/tcpconn"
 )
 
 // bulkSize is the size of a copy buffer, in bytes. A direction that fills one at once
@@ -24,7 +24,7 @@ var buffers = sync.Pool{New: func() any { return new([bulkSize]byte) }}
 
 // pump moves bytes one way. It holds a buffer or a pipe only while there are bytes in it.
 type pump struct {
-	src, dst syscall.RawConn
+	src, dst *tcpconn.Conn
 	pool     *Pool
 
 	n      int   // bytes of the last read
@@ -36,12 +36,13 @@ type pump struct {
 }
 
 // Copy moves bytes from src to dst until src ends, which it passes on as a half-close,
-// and then returns nil. A slow destination stops it, and so, by TCP's window, the
+// and then returns nil. A source that was reset is an error, also where who writes
+// to it was told of that. A slow destination stops it, and so, by TCP's window, the
 // source. It closes neither connection; closing one of them from elsewhere ends it.
 //
 // moved is called with the number of bytes of each read, and with 0 when these have been
 // written; it must be quick.
-func (p *Pool) Copy(dst, src *net.TCPConn, moved func(n int)) error {
+func (p *Pool) Copy(dst, src *tcpconn.Conn, moved func(n int)) error {
 	if err := p.pump(dst, src, moved); err != nil {
 		return err
 	}
@@ -51,45 +52,35 @@ func (p *Pool) Copy(dst, src *net.TCPConn, moved func(n int)) error {
 	return nil
 }
 
-func (p *Pool) pump(dst, src *net.TCPConn, moved func(n int)) error {
-	in, err := src.SyscallConn()
-	if err != nil {
-		return err
-	}
-	out, err := dst.SyscallConn()
-	if err != nil {
-		return err
-	}
-	c := &pump{src: in, dst: out, pool: p}
+func (p *Pool) pump(dst, src *tcpconn.Conn, moved func(n int)) error {
+	c := &pump{src: src, dst: dst, pool: p}
 	defer c.release()
 	// Made once: a method value is allocated each time it is formed.
 	read, splice, drain := c.read, c.splice, c.drain
 	for bulk := false; ; bulk = c.n >= bulkSize {
 		c.nopipe = false
+		var err error
 		if bulk {
-			err = c.src.Read(splice)
+			err = src.Raw.Read(splice)
 		}
 		if !bulk || c.nopipe {
-			err = c.src.Read(read)
+			err = src.Raw.Read(read)
 		}
 		if err := errors.Join(err, c.err); err != nil {
 			return err
 		}
 		if c.n == 0 {
-			return nil
+			return src.Ended()
 		}
+		src.Took(c.n)
 		moved(c.n)
 		if c.buffer != nil {
 			_, err = dst.Write(c.buffer[:c.n])
 			c.giveBuffer()
 		} else {
-			c.left = c.n
-			err = c.dst.Write(drain)
-			if err == nil && c.err == nil && c.left != 0 {
-				err = io.ErrShortWrite
-			}
+			err = c.pour(drain)
 		}
-		if err := errors.Join(err, c.err); err != nil {
+		if err != nil {
 			return err
 		}
 		moved(0)
@@ -128,7 +119,17 @@ func (p *pump) splice(fd uintptr) bool {
 	return true
 }
 
-// drain empties the pipe.
+// pour empties the pipe.
+func (p *pump) pour(drain func(fd uintptr) bool) error {
+	p.left = p.n
+	err := errors.Join(p.dst.Raw.Write(drain), p.err)
+	if err == nil && p.left != 0 {
+		err = io.ErrShortWrite
+	}
+	return err
+}
+
+// drain is what a system call of pour does.
 func (p *pump) drain(fd uintptr) bool {
 	for p.left > 0 {
 		var n int

@@ -3,36 +3,42 @@ package splice
 import (
 	"bytes"
 	"crypto/rand"
+	"errors"
 	"io"
 	"net"
 	"os"
+	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
 	"go.uber.org/goleak"
+
+	"github.com/culvert-vpn/culvert/internal/tcpconn"
 )
 
 func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
 
 // pair is a TCP connection over loopback, both ends of it.
-func pair(t *testing.T) (a, b *net.TCPConn) {
+func pair(t *testing.T) (a, b *tcpconn.Conn) {
 	t.Helper()
 	l, err := net.ListenTCP("tcp", &net.TCPAddr{IP: net.IPv4(127, 0, 0, 1)})
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	a, err = net.DialTCP("tcp", nil, l.Addr().(*net.TCPAddr))
+	near, err := net.DialTCP("tcp", nil, l.Addr().(*net.TCPAddr))
 	if err != nil {
 		t.Fatal(err)
 	}
-	b, err = l.AcceptTCP()
+	t.Cleanup(func() { _ = near.Close() })
+	far, err := l.AcceptTCP()
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = a.Close(); _ = b.Close() })
-	return a, b
+	t.Cleanup(func() { _ = far.Close() })
+	return tcpconn.New(near), tcpconn.New(far)
 }
 
 func descriptors(t *testing.T) int {
@@ -110,11 +116,11 @@ func TestIdleHoldsNoPipe(t *testing.T) {
 
 // A copy ends with an error when either side is reset or closed from elsewhere.
 func TestCopyEndsWithEitherSide(t *testing.T) {
-	for name, end := range map[string]func(client, in, out, server *net.TCPConn){
-		"source reset":       func(client, _, _, _ *net.TCPConn) { _ = client.SetLinger(0); _ = client.Close() },
-		"closed here":        func(_, in, _, _ *net.TCPConn) { _ = in.Close() },
-		"destination closed": func(client, _, out, _ *net.TCPConn) { _ = out.Close(); _, _ = client.Write([]byte("x")) },
-		"destination reset": func(client, _, _, server *net.TCPConn) {
+	for name, end := range map[string]func(client, in, out, server *tcpconn.Conn){
+		"source reset":       func(client, _, _, _ *tcpconn.Conn) { _ = client.SetLinger(0); _ = client.Close() },
+		"closed here":        func(_, in, _, _ *tcpconn.Conn) { _ = in.Close() },
+		"destination closed": func(client, _, out, _ *tcpconn.Conn) { _ = out.Close(); _, _ = client.Write([]byte("x")) },
+		"destination reset": func(client, _, _, server *tcpconn.Conn) {
 			_ = server.SetLinger(0)
 			_ = server.Close()
 			time.Sleep(20 * time.Millisecond)
@@ -140,4 +146,52 @@ func TestCopyEndsWithEitherSide(t *testing.T) {
 			}
 		})
 	}
+}
+
+// A reset while both directions carry something is no end for either, whichever of them the kernel
+// tells of it.
+func TestResetIsNoEnd(t *testing.T) {
+	for name, size := range map[string]int{"messages": 4, "bulk": 1 << 20} {
+		t.Run(name, func(t *testing.T) {
+			var pool Pool
+			defer pool.Close()
+			for range 200 {
+				resetInTheMiddle(t, &pool, make([]byte, size))
+			}
+		})
+	}
+}
+
+// resetInTheMiddle sends to a server that reads, answers by half, and resets.
+func resetInTheMiddle(t *testing.T, pool *Pool, request []byte) {
+	t.Helper()
+	client, in := pair(t)
+	out, server := pair(t)
+	var wg sync.WaitGroup
+	copying := func(dst, src *tcpconn.Conn) {
+		if err := pool.Copy(dst, src, func(int) {}); err != nil {
+			tcpconn.Reset(in)
+			tcpconn.Reset(out)
+		}
+	}
+	wg.Go(func() { copying(out, in) })
+	wg.Go(func() { copying(in, out) })
+	wg.Go(func() {
+		for {
+			if _, err := client.Write(request); err != nil {
+				return
+			}
+		}
+	})
+	wg.Go(func() { _, _ = io.CopyN(io.Discard, server, int64(2*len(request))); tcpconn.Reset(server) })
+	_, _ = server.Write([]byte("half"))
+	_, err := io.ReadAll(struct{ io.Reader }{client})
+	if err == nil { // the client's own write may have been told of the reset
+		err = client.Ended()
+	}
+	if !errors.Is(err, syscall.ECONNRESET) {
+		t.Fatalf("a reset is taken for an end (%v)", err)
+	}
+	_ = client.Close()
+	wg.Wait()
 }

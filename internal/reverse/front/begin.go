@@ -130,13 +130,9 @@ func (c *conn) parse(parser func() error) error {
 // read waits for bytes of the client and appends them to c.buf. While it waits no buffer
 // is held but what has arrived.
 func (c *conn) read() error {
-	raw, err := c.client.SyscallConn()
-	if err != nil {
-		return refuse(Closed, "%v", err)
-	}
 	var n int
 	var failed error
-	err = raw.Read(func(fd uintptr) bool {
+	err := c.client.Raw.Read(func(fd uintptr) bool {
 		b, _ := scratch.Get().(*[scratchSize]byte)
 		defer scratch.Put(b)
 		for {
@@ -150,6 +146,7 @@ func (c *conn) read() error {
 			return false
 		}
 		if n > 0 {
+			c.client.Took(n)
 			c.buf = append(c.buf, b[:n]...)
 		}
 		return true

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/culvert-vpn/culvert/internal/reverse/front/preamble"
+	"github.com/culvert-vpn/culvert/internal/tcpconn"
 )
 
 // How a connection says where to.
@@ -30,7 +31,7 @@ const (
 // conn is one connection of a client.
 type conn struct {
 	front  *Front
-	client *net.TCPConn
+	client *tcpconn.Conn
 	ticket *ticket
 	start  time.Time
 
@@ -52,7 +53,7 @@ type conn struct {
 	pumps                atomic.Int32  // directions that are not at their end
 
 	mu      sync.Mutex
-	backend *net.TCPConn
+	backend *tcpconn.Conn
 	ended   bool
 	reason  Reason   // why it ended
 	refused *refusal // after a CONNECT request was answered; nil: it was not
@@ -60,7 +61,7 @@ type conn struct {
 
 // serve takes a connection from its begin to the point where it is relayed or refused.
 func (f *Front) serve(client *net.TCPConn, ticket *ticket) {
-	c := &conn{front: f, client: client, ticket: ticket, start: time.Now(), peer: addrPort(client.RemoteAddr())}
+	c := &conn{front: f, client: tcpconn.New(client), ticket: ticket, start: time.Now(), peer: addrPort(client.RemoteAddr())}
 	c.source, c.destination = c.peer, addrPort(client.LocalAddr())
 	err := c.begin()
 	if err == nil {
@@ -86,11 +87,11 @@ func (c *conn) dial() error {
 	if err != nil {
 		return refuse(NoBackend, "%s", err)
 	}
-	c.backend, c.target = backend, target
+	c.backend, c.target = tcpconn.New(backend), target
 	err = c.open()
 	if err != nil {
 		c.target.open.Add(-1)
-		reset(backend)
+		tcpconn.Reset(backend)
 		return refuse(NoBackend, "begin with the backend of %s: %v", c.serverName, err)
 	}
 	return nil
@@ -126,7 +127,7 @@ func (c *conn) inspected() bool {
 	return c.protocol == protocolConnect && c.route.Content == ContentTLS
 }
 
-func write(conn *net.TCPConn, b []byte) error {
+func write(conn *tcpconn.Conn, b []byte) error {
 	if len(b) == 0 {
 		return nil
 	}
@@ -229,7 +230,7 @@ func (c *conn) touch() {
 }
 
 // pump moves bytes one way until the source ends; any other end resets both sides.
-func (c *conn) pump(dst, src *net.TCPConn, moved func(int)) {
+func (c *conn) pump(dst, src *tcpconn.Conn, moved func(int)) {
 	if err := c.front.pipes.Copy(dst, src, moved); err != nil {
 		c.end(Reset)
 	}
@@ -244,8 +245,8 @@ func (c *conn) end(reason Reason) {
 		return
 	}
 	c.ended, c.reason = true, reason
-	reset(c.client)
-	reset(c.backend)
+	tcpconn.Reset(c.client)
+	tcpconn.Reset(c.backend)
 }
 
 // finish is called at the end of each direction; the second time it closes and tells.
@@ -282,7 +283,7 @@ func (c *conn) refuse(err error) {
 	}
 	switch {
 	case refused.reason == Closed || refused.reason == Displaced || c.protocol == "":
-		reset(c.client)
+		tcpconn.Reset(c.client)
 	case c.protocol == protocolTLS:
 		c.tell(tlsAlert(refused.reason.alert()))
 	default:
@@ -363,12 +364,6 @@ func (c *conn) log(reason Reason, refused *refusal) {
 		slog.Uint64("bytesIn", c.fromClient.Load()), slog.Uint64("bytesOut", c.toClient.Load()),
 		slog.Float64("seconds", time.Since(c.start).Seconds()), slog.Float64("dialSeconds", c.dialled.Seconds()))
 	c.front.opts.Access.LogAttrs(ctx, level, "connection", attrs...)
-}
-
-// reset closes a connection so that its peer sees RST.
-func reset(c *net.TCPConn) {
-	_ = c.SetLinger(0)
-	_ = c.Close()
 }
 
 // addrPort is the address of a TCP socket, IPv4 as such and without a zone.

@@ -7,6 +7,8 @@ import (
 	"sync"
 	"sync/atomic"
 	"time"
+
+	"github.com/culvert-vpn/culvert/internal/tcpconn"
 )
 
 // bucket is a token bucket: rate a second, burst at once.
@@ -147,7 +149,7 @@ func (l *limits) evict(e *list.Element) {
 	t, _ := e.Value.(*ticket)
 	t.evicted.Store(true)
 	t.unlist()
-	reset(t.client)
+	tcpconn.Reset(t.client)
 }
 
 // shed displaces the oldest pending connection, when there are no descriptors left.

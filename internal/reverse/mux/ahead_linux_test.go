@@ -49,7 +49,7 @@ func TestBulkIsKeptClose(t *testing.T) {
 	room := func() (n int) {
 		t.Helper()
 		var failed error
-		err := c.raw.Control(func(fd uintptr) { n, failed = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF) })
+		err := c.Raw.Control(func(fd uintptr) { n, failed = unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_RCVBUF) })
 		if err != nil || failed != nil {
 			t.Fatal(err, failed)
 		}
@@ -57,7 +57,7 @@ func TestBulkIsKeptClose(t *testing.T) {
 	}
 	read, written := io.Pipe()
 	go func() {
-		_, _ = pumpRaw(written, c.raw, c.receive)
+		_, _ = pumpRaw(written, c.Raw, c.receive)
 		_ = written.Close()
 	}()
 	bound := 2 * min(ahead, most)

@@ -191,7 +191,8 @@ func writeChunks(w io.Writer, list []*chunk) (total int64, err error) {
 	switch w := w.(type) {
 	case *target:
 		if len(list) > 1 {
-			return w.writeAll(buffers(list))
+			b := buffers(list)
+			return b.WriteTo(w.TCPConn)
 		}
 	case *net.TCPConn, *net.UnixConn:
 		if len(list) > 1 {

@@ -13,13 +13,7 @@ import (
 func direct(w io.Writer) func([]*chunk) (int, error) {
 	switch w := w.(type) {
 	case *target:
-		return func(list []*chunk) (int, error) {
-			w.mu.Lock()
-			defer w.mu.Unlock()
-			n, err := tryWrite(w.raw, list)
-			w.reset = w.reset || errors.Is(err, syscall.ECONNRESET)
-			return n, err
-		}
+		return func(list []*chunk) (int, error) { return tryWrite(w.Raw, list) }
 	case *Held:
 		return func(list []*chunk) (int, error) { return tryWrite(w.raw, list) }
 	case *net.TCPConn:

@@ -155,9 +155,9 @@ func transfer(dst, src Conn) (int64, error) {
 		return pumpRaw(dst, h.raw, h.receive)
 	}
 	if t, ok := src.(*target); ok {
-		n, err := pumpRaw(dst, t.raw, t.receive)
+		n, err := pumpRaw(dst, t.Raw, t.receive)
 		if err == nil {
-			err = t.ended()
+			err = t.Ended()
 		}
 		return n, err
 	}

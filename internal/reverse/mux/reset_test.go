@@ -4,9 +4,7 @@ import (
 	"errors"
 	"io"
 	"net"
-	"syscall"
 	"testing"
-	"time"
 )
 
 // A target that resets while it is written to: whichever direction the kernel tells of it, nobody
@@ -49,43 +47,5 @@ func TestResetWhileWriting(t *testing.T) {
 		}
 		_ = st.Close()
 		s.Close()
-	}
-}
-
-// How a connection has ended of which a read finds the end, after a write was told why.
-func TestWhatAReadFindsBehindAWrite(t *testing.T) {
-	await := func(t *testing.T, c *target, want error) {
-		t.Helper()
-		for deadline := time.Now().Add(5 * time.Second); ; time.Sleep(time.Millisecond) {
-			if _, err := c.Write([]byte("x")); errors.Is(err, want) {
-				return
-			} else if err != nil || time.Now().After(deadline) {
-				t.Fatalf("a write ends with %v, want %v", err, want)
-			}
-		}
-	}
-	for name, x := range map[string]struct {
-		end   func(far *net.TCPConn)
-		write error // what a write finds; nil: nothing is written
-		want  error
-	}{
-		"a reset":                  {func(far *net.TCPConn) { _ = far.SetLinger(0); _ = far.Close() }, syscall.ECONNRESET, syscall.ECONNRESET},
-		"an end":                   {func(far *net.TCPConn) { _ = far.CloseWrite() }, nil, nil},
-		"an end, and then a reset": {func(far *net.TCPConn) { _ = far.Close() }, syscall.EPIPE, nil},
-	} {
-		t.Run(name, func(t *testing.T) {
-			near, far := tcpPair(t)
-			c := watch(near).(*target)
-			x.end(far)
-			if x.write != nil {
-				await(t, c, x.write)
-			}
-			if n, err := c.Read(make([]byte, 1)); n != 0 || !errors.Is(err, io.EOF) {
-				t.Fatalf("a read: %d, %v", n, err)
-			}
-			if err := c.ended(); !errors.Is(err, x.want) || (err == nil) != (x.want == nil) {
-				t.Errorf("it has ended with %v, want %v", err, x.want)
-			}
-		})
 	}
 }

@@ -1,5 +1,0 @@
-//go:build !linux
-
-package mux
-
-func hungUp(int) bool { return false }
