@@ -12,9 +12,14 @@ const unknown = math.MaxUint64 / 2
 // saidEnd reports whether the other end of a connection, of which so many bytes were read and then an end, has
 // said that it ends. The kernel counts what comes in order, and an end (FIN) as one byte more, as it has a sequence
 // number (RFC 9293, section 3.4; tcp_info, tcpi_bytes_received). Urgent data that was not read looks like an end.
+// So does every end of a connection of several paths (RFC 8684): there the count is of the first one.
 func saidEnd(fd int, read uint64) bool {
 	info, err := unix.GetsockoptTCPInfo(fd, unix.IPPROTO_TCP, unix.TCP_INFO)
-	return err != nil || info.Bytes_received != read
+	if err != nil || info.Bytes_received != read {
+		return true
+	}
+	protocol, err := unix.GetsockoptInt(fd, unix.SOL_SOCKET, unix.SO_PROTOCOL)
+	return err != nil || protocol != unix.IPPROTO_TCP
 }
 
 // readUntilNow is how many bytes of a connection have been read, from what came in order and what of it is

@@ -110,6 +110,43 @@ func TestResumeAtTheEnd(t *testing.T) {
 	}
 }
 
+// Of a connection of several paths the kernel counts what came over the first one, and its end is said by
+// other means (RFC 8684, section 3.3.3). It is not mistaken for a reset.
+func TestEndOfMultipath(t *testing.T) {
+	var listen net.ListenConfig
+	listen.SetMultipathTCP(true)
+	l, err := listen.Listen(t.Context(), "tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var dial net.Dialer
+	dial.SetMultipathTCP(true)
+	far, err := dial.DialContext(t.Context(), "tcp", l.Addr().String())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer far.Close()
+	near, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer near.Close()
+	multipath, err := near.(*net.TCPConn).MultipathTCP()
+	t.Logf("multipath: %v, %v", multipath, err)
+	c := tcpconn.New(near.(*net.TCPConn))
+	if _, err := far.Write([]byte("all")); err != nil {
+		t.Fatal(err)
+	}
+	_ = far.(*net.TCPConn).CloseWrite()
+	if b, err := io.ReadAll(struct{ io.Reader }{c}); string(b) != "all" || err != nil {
+		t.Fatalf("%q, %v", b, err)
+	}
+	if err := c.Ended(); err != nil {
+		t.Errorf("an end is taken for %v", err)
+	}
+}
+
 // Both ends have ended: the kernel has forgotten the connection.
 func TestBothEnded(t *testing.T) {
 	near, far := pair(t, "127.0.0.1")
