@@ -16,6 +16,7 @@ type Corked struct {
 	raw    syscall.RawConn // nil: it cannot be used without waiting
 	heard  func()          // called with every read that brings something; nil: nobody asks
 	idle   func()          // called before a read waits; nil: nobody asks
+	over   bool            // a read has found the end of the connection, which TLS does not need to end
 	mu     sync.Mutex
 	corked bool
 	buf    *[]byte
@@ -44,6 +45,7 @@ var corkPool = sync.Pool{New: func() any { b := make([]byte, 0, corkLimit+32<<10
 // alone a frame: a slow path is not a dead one.
 func (c *Corked) Read(p []byte) (int, error) {
 	n, err := c.read(p)
+	c.over = c.over || errors.Is(err, io.EOF)
 	if n > 0 && c.heard != nil {
 		c.heard()
 	}

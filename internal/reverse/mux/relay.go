@@ -206,6 +206,10 @@ func pumpRaw(dst io.Writer, raw syscall.RawConn, receive func(fd int, b []byte) 
 	}
 }
 
+// errNoCloseNotify is the end of a TLS connection whose other end has not said that it ends, as when its
+// process was killed: a cut (RFC 8446, section 6.1). crypto/tls takes it for an end where it falls between two records.
+var errNoCloseNotify = errors.New("the TLS connection ended without close_notify: its other end was cut off")
+
 // pumpPlain waits with a small buffer and takes a large one while there is much to read.
 func pumpPlain(dst io.Writer, src net.Conn) (total int64, err error) {
 	flush := func() {}
@@ -244,6 +248,9 @@ func pumpPlain(dst io.Writer, src net.Conn) (total int64, err error) {
 			}
 		}
 		if errors.Is(err, io.EOF) {
+			if k := corkOf(src); k != nil && k.over {
+				return total, errNoCloseNotify
+			}
 			return total, nil
 		}
 		if err != nil {

@@ -1,9 +1,11 @@
 package mux
 
 import (
+	"crypto/tls"
 	"errors"
 	"io"
 	"net"
+	"syscall"
 	"testing"
 )
 
@@ -47,5 +49,44 @@ func TestResetWhileWriting(t *testing.T) {
 		}
 		_ = st.Close()
 		s.Close()
+	}
+}
+
+// A client that is killed while it sends, between two records, has not said all that it had to say.
+func TestTLSClientIsKilled(t *testing.T) {
+	for name, x := range map[string]struct {
+		end  func(client *tls.Conn)
+		want error
+	}{
+		"an end":               {func(client *tls.Conn) { _ = client.Close() }, nil},
+		"the end of a half":    {func(client *tls.Conn) { _ = client.CloseWrite() }, nil},
+		"without close_notify": {func(client *tls.Conn) { _ = client.NetConn().Close() }, syscall.ECONNRESET},
+	} {
+		t.Run(name, func(t *testing.T) {
+			targets := make(chan *net.TCPConn, 1)
+			s, _ := pair(t, Config{}, func(st *Stream) {
+				a, b := tcpPair(t)
+				targets <- b
+				_ = st.Accept(nil)
+				_, _, _ = Relay(a, st)
+			})
+			defer s.Close()
+			client, server := tlsPair(t, true)
+			st, err := s.Open(nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			go func() { _, _, _ = Relay(server, st) }()
+			target := <-targets
+			if _, err := client.Write([]byte("half")); err != nil {
+				t.Fatal(err)
+			}
+			x.end(client)
+			got, err := io.ReadAll(target)
+			if string(got) != "half" || !errors.Is(err, x.want) || (err == nil) != (x.want == nil) {
+				t.Errorf("the target sees %q and %v, want %v", got, err, x.want)
+			}
+			_, _ = target.Close(), client.Close()
+		})
 	}
 }
