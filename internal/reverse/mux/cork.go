@@ -7,6 +7,7 @@ import (
 	"os"
 	"sync"
 	"syscall"
+	"time"
 )
 
 // Corked is a connection whose small writes can be collected into large ones. It goes
@@ -121,6 +122,19 @@ func (c *Corked) uncork() error {
 	c.flush()
 	c.release()
 	return c.err
+}
+
+// end writes what was collected, and behind it what closeWrite of the tls.Conn above writes, however long the other
+// end takes to read: by itself, crypto/tls gives its end five seconds, and then ends all writing, what is left
+// here included.
+func (c *Corked) end(closeWrite func() error) error {
+	if err := c.uncork(); err != nil {
+		return err
+	}
+	c.cork()
+	err := closeWrite()
+	_ = c.SetWriteDeadline(time.Time{})
+	return errors.Join(err, c.uncork())
 }
 
 // tryUncork is uncork that does not wait: rest reports that something is left, and that uncork has

@@ -270,3 +270,33 @@ func TestGivenOnUntilTheEnd(t *testing.T) {
 		}
 	}
 }
+
+// A TLS client that pauses before the end gets all of it, whether it has ended before or not: what is still to be
+// written when the target has ended, and TLS's own end behind it, wait for the client as long as it takes.
+func TestGivenOnToWhoPauses(t *testing.T) {
+	for _, first := range []bool{true, false} {
+		for _, pause := range []time.Duration{0, 6 * time.Second} { // crypto/tls would wait for 5 s
+			t.Run(fmt.Sprintf("ends first: %v, pauses for %s", first, pause), func(t *testing.T) {
+				t.Parallel()
+				c := chained(t, 2)[1]
+				client := c.client.(*tls.Conn)
+				_ = tcpOf(client).SetReadBuffer(8 << 10) // the rest waits at the hub
+				if first {
+					_ = client.CloseWrite()
+				}
+				want := noise(random(1), 100<<10)
+				go func() { _, _ = c.target.Write(want); _ = c.target.CloseWrite() }()
+				time.Sleep(pause)
+				if got, err := io.ReadAll(client); err != nil || !bytes.Equal(got, want) {
+					t.Fatalf("%d bytes of %d, %v", len(got), len(want), err)
+				}
+				_ = client.CloseWrite()
+				for range 3 {
+					if err := <-c.ended; err != nil {
+						t.Error(err)
+					}
+				}
+			})
+		}
+	}
+}

@@ -40,7 +40,7 @@ func RelayAfter(ready func(), a, b Conn) (there, back int64, err error) {
 	pump := func(dst, src Conn, n *int64) {
 		var failed error
 		if *n, failed = transfer(dst, src); failed == nil {
-			failed = dst.CloseWrite()
+			failed = closeWrite(dst)
 			if failed == nil || ended(failed) {
 				return
 			}
@@ -72,6 +72,14 @@ func RelayAfter(ready func(), a, b Conn) (there, back int64, err error) {
 	}
 	_, _ = a.Close(), b.Close()
 	return there, back, err
+}
+
+// closeWrite ends the direction to a connection, behind all that was written to it.
+func closeWrite(c Conn) error {
+	if k := corkOf(c); k != nil {
+		return k.end(c.CloseWrite)
+	}
+	return c.CloseWrite()
 }
 
 func isStream(c Conn) bool { _, ok := c.(*Stream); return ok }
