@@ -20,7 +20,7 @@ const Module = "github.com/culvert-vpn/culvert"
 // for its directory and all below it that have no entry of their own. Packages of one
 // directory tree (internal/lab and internal/lab/labtest) may import each other.
 var floors = [][]string{
-	// The ground: used by every other.
+	// The ground: what floor 0 stands on.
 	{"internal/secret", "internal/tcpconn", "internal/floors"},
 	// 0: values, formats, the life of a process.
 	{"api", "internal/netstate", "internal/reverse/wire", "internal/process", "internal/ipam", "internal/ipsec/vici", "internal/splice", "internal/cli/usage"},

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"slices"
 	"syscall"
 	"testing"
 	"time"
@@ -59,7 +60,7 @@ func TestEnded(t *testing.T) {
 	}
 	for _, address := range []string{"127.0.0.1", "::1"} {
 		for _, size := range []int{0, 1, 100_000} {
-			for _, before := range []int{0, size / 2, size} { // read before there is a Conn
+			for _, before := range slices.Compact([]int{0, size / 2, size}) { // read before there is a Conn
 				for _, e := range ends {
 					t.Run(fmt.Sprintf("%s/%s after %d bytes, %d read before", address, e.name, size, before), func(t *testing.T) {
 						near, far := pair(t, address)

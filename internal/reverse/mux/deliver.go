@@ -185,15 +185,13 @@ func writeChunks(w io.Writer, list []*chunk) (total int64, err error) {
 		return total, nil
 	}
 	defer freeAll(list)
-	if h, ok := w.(*Held); ok {
-		w = h.UnixConn
+	switch x := w.(type) {
+	case *Held:
+		w = x.UnixConn
+	case *target:
+		w = x.TCPConn
 	}
 	switch w := w.(type) {
-	case *target:
-		if len(list) > 1 {
-			b := buffers(list)
-			return b.WriteTo(w.TCPConn)
-		}
 	case *net.TCPConn, *net.UnixConn:
 		if len(list) > 1 {
 			b := buffers(list)
